@@ -1,0 +1,81 @@
+// Deduplicated bit tiles of a plan.
+#pragma once
+#include <algorithm>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "leaves.hpp"
+#include "planner.hpp"
+
+namespace portattn {
+
+struct VectorHash {
+    size_t operator()(const std::vector<i64>& key) const {
+        uint64_t h = 0x9E3779B97F4A7C15ULL;
+        for (i64 x : key) {
+            h = (h ^ static_cast<uint64_t>(x)) * 0xBF58476D1CE4E5B9ULL;
+            h ^= h >> 29;
+        }
+        return static_cast<size_t>(h);
+    }
+};
+
+// Deduplicated bit tiles.
+class BitStore {
+  public:
+    BitStore(pa_plan& plan, i64 max_bytes) : plan_(plan), max_bytes_(max_bytes) {}
+
+    // The id of a tile: an index, PA_BITS_FULL or PA_BITS_EMPTY. Keys past num_keys are cleared.
+    int32_t add(const BitMatrix& matrix, i64 num_keys) {
+        const i64 block_q = plan_.view.block_q, words = plan_.view.words_per_row,
+                  block_k = plan_.view.block_k;
+        std::vector<i64> key(static_cast<size_t>((block_q * words + 1) / 2), 0);
+        auto* bits = reinterpret_cast<uint32_t*>(key.data());
+        i64 kept = 0;
+        for (i64 r = 0; r < matrix.rows; ++r) {
+            for (i64 w = 0; w * 64 < num_keys; ++w) {
+                const i64 left = num_keys - w * 64;
+                const uint64_t word =
+                    matrix.row(r)[w] & (left >= 64 ? ~uint64_t{0} : (uint64_t{1} << left) - 1);
+                kept += __builtin_popcountll(word);
+                bits[r * words + 2 * w] = static_cast<uint32_t>(word);
+                if (2 * w + 1 < words) bits[r * words + 2 * w + 1] = static_cast<uint32_t>(word >> 32);
+            }
+        }
+        if (kept == 0) return PA_BITS_EMPTY;
+        if (kept == matrix.rows * block_k) return PA_BITS_FULL;
+        auto found = ids_.emplace(std::move(key), static_cast<int32_t>(ids_.size()));
+        if (found.second) store(reinterpret_cast<const uint32_t*>(found.first->first.data()));
+        return found.first->second;
+    }
+
+  private:
+    void store(const uint32_t* bits) {
+        const i64 block_q = plan_.view.block_q, words = plan_.view.words_per_row;
+        const i64 bytes = static_cast<i64>(ids_.size()) * block_q * words * 4;
+        if (bytes > max_bytes_)
+            throw PlanError{
+                "mask needs more than " + std::to_string(max_bytes_) +
+                " bytes of distinct partial tiles; use larger blocks in the mask, or one Segments "
+                "joined by & instead of several"};
+        plan_.bits.insert(plan_.bits.end(), bits, bits + block_q * words);
+        for (i64 panel = 0; panel < block_q; panel += 16) {
+            int32_t first = INT32_MAX, last = 0;
+            for (i64 r = panel; r < std::min(panel + 16, block_q); ++r)
+                for (i64 w = 0; w < words; ++w)
+                    if (const uint32_t word = bits[r * words + w]) {
+                        first = std::min(first, static_cast<int32_t>(32 * w + __builtin_ctz(word)));
+                        last = std::max(last, static_cast<int32_t>(32 * w + 32 - __builtin_clz(word)));
+                    }
+            plan_.bit_ranges.push_back(last ? first : 0);
+            plan_.bit_ranges.push_back(last);
+        }
+    }
+
+    pa_plan& plan_;
+    i64 max_bytes_;
+    std::unordered_map<std::vector<i64>, int32_t, VectorHash> ids_;
+};
+
+}  // namespace portattn

@@ -1,0 +1,276 @@
+// The planner: for every query tile, its full and partial key tiles. Work is O(runs + border tiles): interior
+// tiles are found as spans in closed form, border tiles are evaluated once per class of equal signature.
+#include "planner.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <unordered_map>
+
+#include "bit_store.hpp"
+#include "parts.hpp"
+
+namespace portattn {
+
+namespace {
+
+constexpr i64 kDefaultBitsBytes = i64{256} << 20;
+
+const Segments* find_segments(const Expr& node) {
+    if (node.op == Op::kSegments) return node.segments.get();
+    for (const Expr& child : node.children)
+        if (const Segments* found = find_segments(child)) return found;
+    return nullptr;
+}
+
+// Plans one layout.
+class LayoutPlanner {
+  public:
+    LayoutPlanner(pa_plan& plan, BitStore& bits, const Sizes& sizes, std::vector<Group> groups,
+                  const Segments* id)
+        : plan_(plan),
+          bits_(bits),
+          sizes_(sizes),
+          groups_(std::move(groups)),
+          id_(id),
+          sizing_{sizes.seqlen_k, plan.view.block_q, plan.view.block_k} {
+        classes_.resize(groups_.size());
+    }
+
+    void plan_pass(i64 row_step) {
+        const i64 block_q = plan_.view.block_q;
+        for (i64 residue = 0; residue < std::min(row_step, sizes_.seqlen_q); ++residue)
+            for (i64 start = residue; start < sizes_.seqlen_q; start += row_step * block_q)
+                plan_row(row_step, start, std::min(block_q, ceil_div(sizes_.seqlen_q - start, row_step)));
+    }
+
+  private:
+    // A tile's pair of bit ids, per signature; one table per group (and so per step).
+    struct Bits {
+        int32_t same, other;
+    };
+    using Classes = std::unordered_map<std::vector<i64>, Bits, VectorHash>;
+
+    void plan_row(i64 row_step, i64 start, i64 count) {
+        const QueryTile rows{sizes_.q_offset + start, row_step, count};
+        const auto tile_begin = plan_.tiles.size() / kTileFields, run_begin = plan_.runs.size() / kRunFields;
+        for (size_t g = 0; g < groups_.size(); ++g) {
+            const Group& group = groups_[g];
+            if (group.row_step != row_step) continue;
+            for (i64 residue : group.residues) {
+                if (group.kind == Group::Kind::kDiffModulo)
+                    residue = floor_mod(rows.first - residue, group.modulus);
+                if (residue >= sizes_.seqlen_k) continue;
+                const KeyClass keys{group.modulus, residue,
+                                    ceil_div(sizes_.seqlen_k - residue, group.modulus), plan_.view.block_k};
+                plan_class(g, rows, keys);
+            }
+        }
+        const int32_t row[kRowFields] = {
+            static_cast<int32_t>(start),      static_cast<int32_t>(count),
+            static_cast<int32_t>(tile_begin), static_cast<int32_t>(plan_.tiles.size() / kTileFields),
+            static_cast<int32_t>(run_begin),  static_cast<int32_t>(plan_.runs.size() / kRunFields)};
+        plan_.rows.insert(plan_.rows.end(), row, row + kRowFields);
+    }
+
+    void plan_class(size_t g, const QueryTile& rows, const KeyClass& keys) {
+        const Expr& mask = groups_[g].mask;
+        eval_spans(mask, rows, keys, sizing_, {0, keys.size});
+        full_first_ = full_end_ = 0;
+        const i64 block = keys.block;
+        const Spans& inner = mask.inner;
+        size_t next = 0;  // span of mask.inner
+        i64 tile = 0;     // tiles below are handled
+        for (const Span& outer : mask.outer) {
+            tile = std::max(tile, outer.lo / block);
+            const i64 end = ceil_div(outer.hi, block);
+            while (tile < end) {
+                // A tile is full only if one span covers it whole.
+                while (next < inner.size() && (inner[next].hi / block <= tile ||
+                                               ceil_div(inner[next].lo, block) >= inner[next].hi / block))
+                    ++next;
+                const bool found = next < inner.size();
+                const i64 full_begin = found ? std::min(end, ceil_div(inner[next].lo, block)) : end;
+                for (; tile < full_begin; ++tile) border_tile(g, rows, keys, tile);
+                if (tile < end) {
+                    const i64 full_end = std::min(end, inner[next].hi / block);
+                    add_full(keys, tile, full_end);
+                    tile = full_end;
+                }
+            }
+        }
+        flush_full(keys);
+    }
+
+    void border_tile(size_t g, const QueryTile& rows, const KeyClass& keys, i64 tile) {
+        const KeyTile key_tile{keys.key(tile * keys.block), keys.step,
+                               std::min(keys.block, keys.size - tile * keys.block)};
+        const Bits found = classify(g, rows, key_tile);
+        if (found.same == PA_BITS_EMPTY && found.other == PA_BITS_EMPTY) return;
+        if (found.same == PA_BITS_FULL && found.other == PA_BITS_FULL) {
+            add_full(keys, tile, tile + 1);
+            return;
+        }
+        const int32_t entry[kTileFields] = {static_cast<int32_t>(key_tile.first),
+                                            static_cast<int32_t>(keys.step), found.same, found.other};
+        plan_.tiles.insert(plan_.tiles.end(), entry, entry + kTileFields);
+    }
+
+    Bits classify(size_t g, const QueryTile& rows, const KeyTile& keys) {
+        const Expr& mask = groups_[g].mask;
+        const IdRelation relation = id_ ? relate_ids(*id_, rows, keys) : IdRelation::kDifferent;
+        signature_.clear();
+        signature_.push_back(rows.count);
+        signature_.push_back(keys.count);
+        signature_.push_back(static_cast<i64>(relation));
+        append_signature(mask, rows, keys, sizing_, id_, signature_);
+        auto found = classes_[g].find(signature_);
+        if (found != classes_[g].end()) return found->second;
+        Bits out{};
+        if (relation != IdRelation::kDifferent) out.same = evaluate(mask, rows, keys, true);
+        if (relation != IdRelation::kSame) out.other = evaluate(mask, rows, keys, false);
+        if (relation == IdRelation::kSame) out.other = out.same;
+        if (relation == IdRelation::kDifferent) out.same = out.other;
+        classes_[g].emplace(signature_, out);
+        return out;
+    }
+
+    int32_t evaluate(const Expr& mask, const QueryTile& rows, const KeyTile& keys, bool id_equal) {
+        eval_tile(mask, rows, keys, sizing_, id_, id_equal, matrix_);
+        return bits_.add(matrix_, keys.count);
+    }
+
+    // Full tiles [begin, end) of the class; neighbours become one run.
+    void add_full(const KeyClass& keys, i64 begin, i64 end) {
+        if (full_end_ > full_first_ && full_end_ == begin) {
+            full_end_ = end;
+            return;
+        }
+        flush_full(keys);
+        full_first_ = begin;
+        full_end_ = end;
+    }
+
+    void flush_full(const KeyClass& keys) {
+        if (full_end_ <= full_first_) return;
+        const int32_t run[kRunFields] = {
+            static_cast<int32_t>(keys.key(full_first_ * keys.block)), static_cast<int32_t>(keys.step),
+            static_cast<int32_t>(full_end_ - full_first_), static_cast<int32_t>(keys.step * keys.block)};
+        plan_.runs.insert(plan_.runs.end(), run, run + kRunFields);
+        full_first_ = full_end_ = 0;
+    }
+
+    pa_plan& plan_;
+    BitStore& bits_;
+    const Sizes sizes_;
+    const std::vector<Group> groups_;
+    const Segments* id_;
+    const Sizing sizing_;
+    std::vector<Classes> classes_;
+    std::vector<i64> signature_;
+    BitMatrix matrix_;
+    i64 full_first_ = 0, full_end_ = 0;
+};
+
+void add_ids(pa_plan& plan, const Segments& s, const Sizes& sizes) {
+    plan.q_ids.reserve(plan.q_ids.size() + static_cast<size_t>(sizes.seqlen_q));
+    plan.k_ids.reserve(plan.k_ids.size() + static_cast<size_t>(sizes.seqlen_k));
+    for (const Segments::Run& run : s.q_runs)
+        plan.q_ids.insert(plan.q_ids.end(), static_cast<size_t>(run.end - run.begin), run.id);
+    for (const Segments::Run& run : s.k_runs)
+        plan.k_ids.insert(plan.k_ids.end(), static_cast<size_t>(run.end - run.begin), run.id);
+    ++plan.view.num_id_rows;
+}
+
+struct Layout {
+    Expr mask;
+    std::vector<Group> groups;
+    const Segments* id = nullptr;
+};
+
+std::vector<Layout> resolve_layouts(pa_plan& plan, const Program& program, const Sizes& sizes) {
+    pa_plan_view& v = plan.view;
+    v.layout_batch = program.depends_on_batch() ? static_cast<int32_t>(sizes.batch) : 1;
+    v.layout_heads = program.depends_on_head() ? static_cast<int32_t>(sizes.num_heads) : 1;
+    std::map<std::vector<i64>, int32_t> known;
+    std::vector<Layout> layouts;
+    for (i64 b = 0; b < v.layout_batch; ++b)
+        for (i64 h = 0; h < v.layout_heads; ++h) {
+            auto found = known.emplace(program.fingerprint(b, h), static_cast<int32_t>(layouts.size()));
+            if (found.second) {
+                Layout layout;
+                layout.mask = program.resolve(b, h);
+                if (sizes.seqlen_q > 0 && sizes.seqlen_k > 0)
+                    layout.groups = split(layout.mask, sizes, v.block_q, v.block_k);
+                layout.id = find_segments(layout.mask);
+                layouts.push_back(std::move(layout));
+            }
+            plan.layouts.push_back(found.first->second);
+        }
+    v.num_layouts = static_cast<int32_t>(layouts.size());
+    return layouts;
+}
+
+void plan_ids(pa_plan& plan, const std::vector<Layout>& layouts, const Sizes& sizes) {
+    std::vector<const Segments*> rows;
+    for (const Layout& layout : layouts) {
+        if (!layout.id) {
+            plan.layout_ids.push_back(-1);
+            continue;
+        }
+        auto at = std::find(rows.begin(), rows.end(), layout.id);
+        if (at == rows.end()) {
+            add_ids(plan, *layout.id, sizes);
+            rows.push_back(layout.id);
+            at = rows.end() - 1;
+        }
+        plan.layout_ids.push_back(static_cast<int32_t>(at - rows.begin()));
+    }
+}
+
+}  // namespace
+
+pa_plan* make_plan(const pa_plan_args& args) {
+    if (args.block_q < 1 || args.block_k < 1 || args.block_q > 4096 || args.block_k > 4096)
+        throw PlanError{"block is (" + std::to_string(args.block_q) + ", " + std::to_string(args.block_k) +
+                        "); each must be in 1..4096"};
+    if (args.seqlen_q < 0 || args.seqlen_k < 0 || args.seqlen_q >= kMaxLength || args.seqlen_k >= kMaxLength)
+        throw PlanError{"lengths " + std::to_string(args.seqlen_q) + " and " + std::to_string(args.seqlen_k) +
+                        " must be in 0..2**30"};
+    auto plan = std::make_unique<pa_plan>();
+    pa_plan_view& v = plan->view;
+    v.seqlen_q = args.seqlen_q;
+    v.seqlen_k = args.seqlen_k;
+    v.q_offset = args.q_offset;
+    v.block_q = args.block_q;
+    v.block_k = args.block_k;
+    v.words_per_row = (args.block_k + 31) / 32;
+    const Sizes sizes{args.batch, args.num_heads, args.seqlen_q, args.seqlen_k, args.q_offset};
+    const Program program(args.program, args.program_len, args.arrays, args.num_arrays, sizes);
+    const std::vector<Layout> layouts = resolve_layouts(*plan, program, sizes);
+    plan_ids(*plan, layouts, sizes);
+    std::vector<i64> steps;
+    for (const Layout& layout : layouts)
+        for (const Group& group : layout.groups)
+            if (std::find(steps.begin(), steps.end(), group.row_step) == steps.end())
+                steps.push_back(group.row_step);
+    if (steps.empty()) steps.push_back(1);
+    std::sort(steps.begin(), steps.end());
+    BitStore bits(*plan, args.max_bits_bytes > 0 ? args.max_bits_bytes : kDefaultBitsBytes);
+    std::vector<std::unique_ptr<LayoutPlanner>> planners;
+    for (const Layout& layout : layouts)
+        planners.push_back(std::make_unique<LayoutPlanner>(*plan, bits, sizes, layout.groups, layout.id));
+    plan->row_ptr.push_back(0);
+    for (i64 step : steps) {
+        plan->pass_steps.push_back(static_cast<int32_t>(step));
+        for (auto& planner : planners) {
+            planner->plan_pass(step);
+            plan->row_ptr.push_back(static_cast<int32_t>(plan->rows.size() / kRowFields));
+        }
+    }
+    plan->seal();
+    return plan.release();
+}
+
+}  // namespace portattn

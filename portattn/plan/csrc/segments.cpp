@@ -1,0 +1,105 @@
+// Segments: runs of equal ids, renumbered so that a kernel compares small integers.
+#include <algorithm>
+#include <unordered_map>
+
+#include "expr.hpp"
+
+namespace portattn {
+
+namespace {
+
+using Run = Segments::Run;
+
+std::vector<Run> find_runs(const int32_t* ids, i64 begin, i64 end) {
+    std::vector<Run> runs;
+    for (i64 at = begin; at < end;) {
+        const int32_t id = ids[at];
+        i64 stop = at + 1;
+        while (stop < end && ids[stop] == id) ++stop;
+        runs.push_back({at, stop, id});
+        at = stop;
+    }
+    return runs;
+}
+
+// Gives ids that both sides have the numbers 0, 1, ... and indexes the key runs by id.
+template <class Key>
+void renumber(Segments& out, const std::vector<Key>& q_keys, const std::vector<Key>& k_keys) {
+    std::unordered_map<Key, int32_t> numbers;
+    for (const Key& key : k_keys) numbers.emplace(key, -1);
+    int32_t next = 0;
+    for (size_t n = 0; n < q_keys.size(); ++n) {
+        auto found = numbers.find(q_keys[n]);
+        if (found != numbers.end() && found->second < 0) found->second = next++;
+        out.q_runs[n].id = found == numbers.end() ? -1 : found->second;
+    }
+    out.id_ptr.assign(static_cast<size_t>(next) + 1, 0);
+    for (size_t n = 0; n < k_keys.size(); ++n) {
+        const int32_t id = numbers.at(k_keys[n]);
+        out.k_runs[n].id = id < 0 ? -2 : id;
+        if (id >= 0) ++out.id_ptr[static_cast<size_t>(id) + 1];
+    }
+    for (size_t n = 1; n < out.id_ptr.size(); ++n) out.id_ptr[n] += out.id_ptr[n - 1];
+    out.id_runs.resize(static_cast<size_t>(out.id_ptr.back()));
+    std::vector<int32_t> fill(out.id_ptr.begin(), out.id_ptr.end() - 1);
+    for (size_t n = 0; n < out.k_runs.size(); ++n) {
+        const int32_t id = out.k_runs[n].id;
+        if (id >= 0)
+            out.id_runs[static_cast<size_t>(fill[static_cast<size_t>(id)]++)] = static_cast<int32_t>(n);
+    }
+}
+
+// Cuts two run lists over the same range at each other's borders; keys become pairs of ids.
+std::vector<Run> cut(const std::vector<Run>& x, const std::vector<Run>& y, std::vector<i64>& keys) {
+    std::vector<Run> out;
+    for (size_t a = 0, b = 0; a < x.size() && b < y.size();) {
+        const i64 begin = std::max(x[a].begin, y[b].begin), end = std::min(x[a].end, y[b].end);
+        out.push_back({begin, end, 0});
+        // An id without a partner stays without one: -1 and -2 never meet their like on the other side.
+        keys.push_back((static_cast<i64>(x[a].id) << 32) | static_cast<uint32_t>(y[b].id));
+        if (x[a].end == end && y[b].end == end) {
+            ++a;
+            ++b;
+        } else if (x[a].end == end)
+            ++a;
+        else
+            ++b;
+    }
+    return out;
+}
+
+}  // namespace
+
+std::shared_ptr<const Segments> make_segments(const int32_t* q_ids, const int32_t* k_ids, i64 q_offset,
+                                              i64 seqlen_q, i64 seqlen_k) {
+    auto out = std::make_shared<Segments>();
+    out->q_first = q_offset;
+    out->k_runs = find_runs(k_ids, 0, seqlen_k);
+    if (q_ids == k_ids && q_offset == 0 && seqlen_q == seqlen_k)
+        out->q_runs = out->k_runs;
+    else
+        out->q_runs = find_runs(q_ids, q_offset, q_offset + seqlen_q);
+    std::vector<int32_t> q_keys, k_keys;
+    for (const Run& run : out->q_runs) q_keys.push_back(run.id);
+    for (const Run& run : out->k_runs) k_keys.push_back(run.id);
+    renumber(*out, q_keys, k_keys);
+    return out;
+}
+
+std::shared_ptr<const Segments> intersect_segments(const Segments& x, const Segments& y) {
+    auto out = std::make_shared<Segments>();
+    out->q_first = x.q_first;
+    std::vector<i64> q_keys, k_keys;
+    out->q_runs = cut(x.q_runs, y.q_runs, q_keys);
+    out->k_runs = cut(x.k_runs, y.k_runs, k_keys);
+    renumber(*out, q_keys, k_keys);
+    return out;
+}
+
+size_t find_run(const std::vector<Run>& runs, i64 position) {
+    const auto after = std::upper_bound(runs.begin(), runs.end(), position,
+                                        [](i64 value, const Run& run) { return value < run.begin; });
+    return static_cast<size_t>(after - runs.begin()) - 1;
+}
+
+}  // namespace portattn

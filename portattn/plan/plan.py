@@ -1,0 +1,257 @@
+"""Plan: which key tiles each query tile visits. docs/formats.md describes every array."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from portattn import native
+from portattn.errors import MaskError
+from portattn.plan import abi
+from portattn.plan.device import DevicePlan
+from portattn.plan.schedule import Schedule
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+
+_MAX_DENSE_ELEMENTS = 1 << 28
+
+
+class Plan:
+    """An immutable plan, owned by libportattn, shown as numpy arrays.
+
+    Attributes:
+        seqlen_q, seqlen_k, q_offset, block_q, block_k: what it was planned for.
+        batch, num_heads: the call's; a plan of 1 layout serves any.
+        num_layouts, num_passes: distinct resolved masks; sweeps over the rows.
+        layouts: int32 [layout_batch, layout_heads].
+        layout_ids: int32 [num_layouts].
+        pass_steps: int32 [num_passes].
+        row_ptr: int32 [num_passes * num_layouts + 1].
+        rows: int32 [num_rows, 6]; tiles: int32 [num_tiles, 4]; runs: int32 [num_runs, 4].
+        bits: uint32 [num_bit_tiles, block_q, words_per_row].
+        bit_ranges: int32 [num_bit_tiles, ceil(block_q / 16), 2].
+        q_ids: int32 [num_id_rows, seqlen_q]; k_ids: int32 [num_id_rows, seqlen_k].
+        transposed: rows are key tiles, for dK and dV.
+        handle: address of the native plan, for kernels in libportattn.
+    """
+
+    def __init__(self, handle: int, batch: int, num_heads: int) -> None:
+        """Take ownership of a native plan."""
+        lib = abi.functions()
+        self.handle = handle
+        self._finalizer = weakref.finalize(self, lib.portattn_plan_destroy, handle)
+        view = lib.portattn_plan_view(handle).contents
+        self.batch, self.num_heads = batch, num_heads
+        self.seqlen_q, self.seqlen_k, self.q_offset = view.seqlen_q, view.seqlen_k, view.q_offset
+        self.block_q, self.block_k = view.block_q, view.block_k
+        self.num_layouts, self.num_passes = view.num_layouts, view.num_passes
+        self.num_rows, self.num_tiles, self.num_runs = view.num_rows, view.num_tiles, view.num_runs
+        self.num_bit_tiles, self.words_per_row = view.num_bit_tiles, view.words_per_row
+        self.layout_batch, self.layout_heads = view.layout_batch, view.layout_heads
+        self.num_id_rows = view.num_id_rows
+        self.has_steps, self.transposed = bool(view.has_steps), bool(view.transposed)
+        panels = -(-self.block_q // 16)
+        self.layouts = abi.as_numpy(view.layouts, (self.layout_batch, self.layout_heads))
+        self.layout_ids = abi.as_numpy(view.layout_ids, (self.num_layouts,))
+        self.pass_steps = abi.as_numpy(view.pass_steps, (self.num_passes,))
+        self.row_ptr = abi.as_numpy(view.row_ptr, (self.num_passes * self.num_layouts + 1,))
+        self.rows = abi.as_numpy(view.rows, (self.num_rows, 6))
+        self.tiles = abi.as_numpy(view.tiles, (self.num_tiles, 4))
+        self.runs = abi.as_numpy(view.runs, (self.num_runs, 4))
+        bits_shape = (self.num_bit_tiles, self.block_q, self.words_per_row)
+        self.bits = abi.as_numpy(view.bits, bits_shape).view(np.uint32)
+        self.bit_ranges = abi.as_numpy(view.bit_ranges, (self.num_bit_tiles, panels, 2))
+        self.q_ids = abi.as_numpy(view.q_ids, (self.num_id_rows, self.seqlen_q))
+        self.k_ids = abi.as_numpy(view.k_ids, (self.num_id_rows, self.seqlen_k))
+        self._lock = threading.Lock()
+        self._schedules: dict[tuple[int, ...], Schedule] = {}
+        self._on_device: dict[torch.device, DevicePlan] = {}
+        self.captured = False
+
+    @classmethod
+    def create(
+        cls,
+        program: Sequence[int],
+        data: Sequence[torch.Tensor],
+        *,
+        batch: int,
+        num_heads: int,
+        seqlen_q: int,
+        seqlen_k: int,
+        q_offset: int,
+        block_q: int,
+        block_k: int,
+        max_bits_bytes: int = 0,
+    ) -> Plan:
+        """Plan a mask program; `plan_mask` is the cached way.
+
+        Args:
+            program: the mask's program.
+            data: its data tensors.
+            batch, num_heads: of the call; masks per batch or head must match them.
+            seqlen_q, seqlen_k: lengths in tokens, below 2**30.
+            q_offset: key position of query row 0.
+            block_q, block_k: rows and keys of a tile, 1 to 4096.
+            max_bits_bytes: bound on distinct partial tiles; 0 is 256 MiB.
+
+        Raises:
+            MaskError: the mask is malformed, does not fit the sizes, or exceeds the bound.
+        """
+        code = (ctypes.c_int64 * len(program))(*program)
+        arrays = abi.mask_arrays(data)
+        args = abi.PlanArgs(
+            ctypes.sizeof(abi.PlanArgs),
+            native.ABI_VERSION,
+            code,
+            len(program),
+            arrays,
+            len(data),
+            batch,
+            num_heads,
+            seqlen_q,
+            seqlen_k,
+            q_offset,
+            block_q,
+            block_k,
+            max_bits_bytes,
+        )
+        error = native.error_buffer()
+        handle = abi.functions().portattn_plan_create(ctypes.byref(args), error, len(error))
+        if not handle:
+            raise MaskError(error.value.decode(errors="replace"))
+        return cls(handle, batch, num_heads)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        arrays = (
+            self.layouts,
+            self.layout_ids,
+            self.pass_steps,
+            self.row_ptr,
+            self.rows,
+            self.tiles,
+        )
+        more = (self.runs, self.bits, self.bit_ranges, self.q_ids, self.k_ids)
+        return sum(int(array.nbytes) for array in (*arrays, *more))
+
+    def transpose(self) -> Plan:
+        """The same pairs with query and key tiles swapped: rows are key tiles.
+
+        In it a full tile's queries may run past seqlen_q.
+        """
+        error = native.error_buffer()
+        handle = abi.functions().portattn_plan_transpose(self.handle, error, len(error))
+        if not handle:
+            raise MaskError(error.value.decode(errors="replace"))
+        return Plan(handle, self.batch, self.num_heads)
+
+    def schedule(
+        self,
+        *,
+        batch: int,
+        num_heads: int,
+        workers: int,
+        head_dim_v: int,
+        min_piece: int = 8,
+        max_workspace_bytes: int = 256 << 20,
+    ) -> Schedule:
+        """Work items for this many (batch, head) pairs and workers; cached on the plan.
+
+        Args:
+            batch, num_heads: query heads of the call.
+            workers: items that run at once (threads, or SMs times blocks per SM).
+            head_dim_v: elements of a value row; sizes the workspace.
+            min_piece: a row is never cut into pieces smaller than this many tiles.
+            max_workspace_bytes: bound on the workspace of cut rows, all heads together.
+        """
+        key = (batch, num_heads, workers, head_dim_v, min_piece, max_workspace_bytes)
+        found = self._schedules.get(key)
+        if found is None:
+            made = Schedule(self, *key)
+            with self._lock:
+                # A plan serves few different calls; past that, start over rather than grow.
+                if len(self._schedules) >= 16:
+                    self._schedules.clear()
+                found = self._schedules.setdefault(key, made)
+        return found
+
+    def to(self, device: torch.device | str) -> DevicePlan:
+        """The arrays as int32 tensors on a device, copied once.
+
+        Raises:
+            MaskError: the plan is not there yet while a CUDA graph is being captured.
+        """
+        import torch
+
+        device = torch.device(device)
+        found = self._on_device.get(device)
+        if found is None:
+            made = DevicePlan(self, device)
+            with self._lock:
+                found = self._on_device.setdefault(device, made)
+        if found.use():
+            self.captured = True
+        return found
+
+    def layout_of(self, b: int, h: int) -> int:
+        """The layout of batch b, query head h."""
+        return int(self.layouts[b % self.layout_batch, h % self.layout_heads])
+
+    def tile_bits(self, index: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Bit tile `index` as bool [block_q, block_k]."""
+        words = self.bits[index]
+        bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")
+        return bits[:, : self.block_k].astype(bool)
+
+    def to_dense(self, b: int = 0, h: int = 0) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """The mask that the plan holds, bool [seqlen_q, seqlen_k], decoded tile by tile.
+
+        Raises:
+            MaskError: more than 2**28 elements.
+        """
+        if self.seqlen_q * self.seqlen_k > _MAX_DENSE_ELEMENTS:
+            raise MaskError(
+                f"to_dense needs {self.seqlen_q} x {self.seqlen_k} elements, above 2**28; use "
+                "density or shorter lengths"
+            )
+        from portattn.plan.decode import decode
+
+        return decode(self, self.layout_of(b, h)) > 0
+
+    @property
+    def density(self) -> float:
+        """Kept pairs / (seqlen_q * seqlen_k), averaged over the layouts of all (batch, head)."""
+        from portattn.plan.decode import count_pairs
+
+        size = self.seqlen_q * self.seqlen_k
+        if size == 0:
+            return 0.0
+        pairs = [count_pairs(self, layout) for layout in range(self.num_layouts)]
+        kept: int = sum(pairs[layout] for layout in self.layouts.ravel().tolist())
+        return float(kept / (self.layouts.size * size))
+
+    def validate(self) -> None:
+        """Check every invariant of docs/formats.md.
+
+        Raises:
+            MaskError: one does not hold; the message names it.
+        """
+        from portattn.plan.decode import validate
+
+        validate(self)
+
+    def __repr__(self) -> str:
+        lengths = f"{self.seqlen_q} x {self.seqlen_k}, q_offset={self.q_offset}"
+        parts = ("passes", "layouts", "rows", "tiles", "runs", "bit_tiles")
+        counts = ", ".join(f"{name}={getattr(self, 'num_' + name)}" for name in parts)
+        block = f"block=({self.block_q}, {self.block_k})"
+        return f"Plan({lengths}, {block}, {counts}, {self.nbytes} bytes)"

@@ -1,0 +1,93 @@
+"""Schedule: a plan's rows as work items. docs/formats.md describes the item."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import weakref
+from typing import TYPE_CHECKING
+
+from portattn import native
+from portattn.errors import MaskError
+from portattn.plan import abi
+from portattn.plan.device import DeviceSchedule
+
+if TYPE_CHECKING:
+    import torch
+
+    from portattn.plan.plan import Plan
+
+
+class Schedule:
+    """Work items of one plan, owned by libportattn, shown as numpy arrays.
+
+    Attributes:
+        items: int32 [total, 16]; columns are the constants of `portattn.plan.abi`.
+        item_ptr: int32 [num_passes]: first item of each pass.
+        items_per_pass: int32 [num_passes]: items of one layout.
+        full_list: int32 [n, 2]: k_start, k_step.
+        num_slots, num_counters: workspace slots and counters per (batch, head).
+        workspace_bytes: for all heads.
+        handle: address of the native schedule.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        batch: int,
+        num_heads: int,
+        workers: int,
+        head_dim_v: int,
+        min_piece: int,
+        max_workspace_bytes: int,
+    ) -> None:
+        """Schedule `plan`; use `Plan.schedule`, which caches."""
+        lib = abi.functions()
+        args = abi.ScheduleArgs(
+            ctypes.sizeof(abi.ScheduleArgs),
+            native.ABI_VERSION,
+            batch,
+            num_heads,
+            workers,
+            min_piece,
+            max_workspace_bytes,
+            head_dim_v,
+        )
+        error = native.error_buffer()
+        handle = lib.portattn_schedule_create(plan.handle, ctypes.byref(args), error, len(error))
+        if not handle:
+            raise MaskError(error.value.decode(errors="replace"))
+        self.handle = handle
+        self._finalizer = weakref.finalize(self, lib.portattn_schedule_destroy, handle)
+        view = lib.portattn_schedule_view(handle).contents
+        self.num_passes, self.num_layouts = view.num_passes, view.num_layouts
+        self.num_slots, self.num_counters = view.num_slots, view.num_counters
+        self.workspace_bytes = view.workspace_bytes
+        self.items_per_pass = abi.as_numpy(view.items_per_pass, (self.num_passes,))
+        self.item_ptr = abi.as_numpy(view.item_ptr, (self.num_passes,))
+        self.items = abi.as_numpy(view.items, (view.total_items, abi.ITEM_FIELDS))
+        self.full_list = abi.as_numpy(view.full_list, (view.full_list_len, 2))
+        self._lock = threading.Lock()
+        self._on_device: dict[torch.device, DeviceSchedule] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return int(self.items.nbytes + self.full_list.nbytes)
+
+    def to(self, device: torch.device | str) -> DeviceSchedule:
+        """The arrays as int32 tensors on a device, copied once.
+
+        Raises:
+            MaskError: the schedule is not there yet while a CUDA graph is being captured.
+        """
+        import torch
+
+        device = torch.device(device)
+        found = self._on_device.get(device)
+        if found is None:
+            made = DeviceSchedule(self, device)
+            with self._lock:
+                found = self._on_device.setdefault(device, made)
+        found.use()
+        return found
