@@ -41,7 +41,8 @@ class AttentionInputs:
         key: [batch, num_kv_heads, seqlen_k, head_dim].
         value: [batch, num_kv_heads, seqlen_k, head_dim_v].
         output: [batch, num_heads, seqlen_q, head_dim_v], to be written.
-        lse: float32 [batch, num_heads, seqlen_q], to be written, natural log; None if not asked for.
+        lse: float32 [batch, num_heads, seqlen_q], to be written, natural log; None if not asked
+            for.
         mask: what may attend, ``is_causal`` folded in; None keeps everything.
         q_offset: key position of query row 0. Ignored where kv_lengths is given.
         kv_lengths: integer [batch] or None: keys >= kv_lengths[b] do not exist, and query r of
@@ -126,7 +127,8 @@ class Kernel(abc.ABC):
     def run(self, inputs: AttentionInputs, config: Config) -> None:
         """Write ``inputs.output`` and ``inputs.lse``, on the tensors' device and current stream.
 
-        The inputs are valid, the problem supported and the config feasible: the caller has checked.
+        The inputs are valid, the problem supported and the config feasible: the caller has
+            checked.
         """
 
     def backward(
