@@ -1,0 +1,5 @@
+"""``python -m portattn.cli`` is ``portattn``."""
+
+from portattn.cli import main
+
+main()

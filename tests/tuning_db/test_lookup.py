@@ -1,0 +1,120 @@
+"""Reading on the call path: the ladder, and every way in which a database can be unusable."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from portattn import masks
+from portattn.tuning_db import lookup, seeds
+from portattn.tuning_db.key import bucket
+from portattn.tuning_db.location import locate
+from portattn.tuning_db.snapshot import StoredConfig
+
+PARAMS = {"block_q": 32, "pack": True}
+
+
+def test_the_ladder(fill, make_result, problem, device, vary):
+    other_device = vary(device, cores=64, threads=64)
+    stranger = vary(device, arch="aarch64")
+    near = vary(problem, seqlen_q=2048, seqlen_k=2048)
+    far = vary(problem, seqlen_q=1 << 15, seqlen_k=1 << 15)
+    fill(make_result(PARAMS))
+    assert lookup.find("cpu_forward", problem, device) == (PARAMS, "exact")
+    assert lookup.find("cpu_forward", vary(problem, seqlen_k=700), device).rung == "exact"
+    assert (
+        lookup.find("cpu_forward", problem, device, kernel_source=lambda: "a" * 64).rung == "exact"
+    )
+    assert lookup.find("cpu_forward", near, other_device) == (PARAMS, "nearest")
+    assert lookup.find("cpu_forward", problem, other_device) == (PARAMS, "family")
+    assert lookup.find("cpu_forward", near, device) == (PARAMS, "nearest")
+    assert lookup.find("cpu_forward", far, device) is None
+    assert lookup.find("cpu_forward", problem, stranger) is None
+    assert lookup.find("cpu_decode", problem, device) is None
+    lookup.reload()
+    assert (
+        lookup.find("cpu_forward", problem, device, kernel_source=lambda: "c" * 64).rung == "stale"
+    )
+
+
+def test_another_toolchain_is_stale(fill, make_result, problem, device):
+    fill(make_result(PARAMS, toolchain="native-0.0.1"))
+    assert lookup.find("cpu_forward", problem, device).rung == "stale"
+    fill(make_result({"block_q": 64, "pack": False}, median_ns=5000, default_ns=6000))
+    assert lookup.find("cpu_forward", problem, device) == ({"block_q": 64, "pack": False}, "exact")
+
+
+def test_seeds_come_after_the_family_and_before_the_nearest(
+    fill, make_result, problem, device, vary, monkeypatch
+):
+    seed = StoredConfig("cpu_forward", "", bucket(problem), {"block_q": 99}, device.family)
+    text = seeds.dump(device.family, [seed])
+    assert [row.params for row in seeds.parse(text)] == [{"block_q": 99}]
+    monkeypatch.setattr(seeds, "load_all", lambda: (seeds.parse(text), []))
+    fill(make_result(PARAMS, problem=vary(problem, seqlen_q=2048, seqlen_k=2048)))
+    assert lookup.find("cpu_forward", problem, device) == ({"block_q": 99}, "seeds")
+    fill(make_result(PARAMS, device=vary(device, threads=1)))
+    assert lookup.find("cpu_forward", problem, device) == (PARAMS, "family")
+
+
+def test_shipped_seeds_are_valid():
+    rows, problems = seeds.load_all()
+    assert problems == []
+    assert all(row.origin == "seed" and row.family for row in rows)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"format": "portattn-seeds", "version": 2}',
+        '{"format": "portattn-seeds", "version": 1, "family": 1}',
+        '{"format": "portattn-seeds", "version": 1, "family": "f", "entries": [{"kernel": "k"}]}',
+        '{"format": "portattn-seeds", "version": 1, "family": "f", "entries": '
+        '[{"kernel": "k", "problem": {}}]}',
+    ],
+)
+def test_a_bad_seeds_file_is_refused(text):
+    with pytest.raises(ValueError, match=r"."):
+        seeds.parse(text)
+
+
+def test_a_lookup_is_a_dictionary_hit(fill, make_result, problem, device, vary):
+    fill(make_result(PARAMS))
+    problem = vary(problem, program=masks.longformer(512, 64).program)
+    assert lookup.find("cpu_forward", problem, device) is None
+    started = time.perf_counter()
+    for _ in range(2000):
+        lookup.find("cpu_forward", problem, device)
+    assert (time.perf_counter() - started) / 2000 < 50e-6  # 3 us on an idle machine
+
+
+def test_a_new_process_reads_what_was_stored_without_sqlalchemy(fill, make_result, repository):
+    fill(make_result(PARAMS))
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from conftest import PROBLEM, DEVICE, lookup\n"
+        "[sys.modules.pop(n) for n in list(sys.modules) if n.startswith(('sqlalchemy', "
+        "'alembic'))]\n"
+        "print(lookup.find('cpu_forward', PROBLEM, DEVICE), 'sqlalchemy' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, str(repository / "tests" / "tuning_db")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(repository)},
+        check=True,
+    )
+    assert done.stdout.strip() == f"Found(params={PARAMS}, rung='exact') False"
+
+
+def test_status_says_what_is_there(fill, make_result):
+    fill(make_result(PARAMS))
+    status = lookup.status()
+    assert (status.state, status.rows, status.invalid_rows) == ("ok", 1, 0)
+    assert status.location == locate()
+    assert json.dumps(status.detail) == '""'

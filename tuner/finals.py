@@ -1,0 +1,95 @@
+"""The last rounds: every kernel's finalists against each other, and what is stored of them."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from portattn.tuner import measure
+from portattn.tuner.report import KernelReport
+from portattn.tuner.verify import RULE, SEEDS, Verifier
+from portattn.tuning_db.records import KernelResult, Measurement
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from portattn.tuner.contender import Contender
+
+
+def finals(
+    contenders: Sequence[Contender], verifier: Verifier, timer: measure.Timer, deadline: float
+) -> list[tuple[list[Measurement], int]]:
+    """Time every kernel's finalists in the same rounds: kernels compare as well as configs do.
+
+    Returns:
+        For each contender its finalists' measurements, the default first, and which of them wins.
+    """
+    left_ns = int(1e9 * max(deadline - time.monotonic(), 0)) // max(len(contenders), 1)
+    finalists = [contender.finalists(left_ns) for contender in contenders]
+    pairs = [
+        (contender, config)
+        for contender, configs in zip(contenders, finalists, strict=True)
+        for config in configs
+    ]
+    samples = measure.interleave(
+        timer,
+        [contender.run_of(verifier, config) for contender, config in pairs],
+        [contender.times_ns[config] for contender, config in pairs],
+        deadline=deadline,
+        min_rounds=1 if len(pairs) < 2 else measure.MIN_ROUNDS,  # one alone has nobody to beat
+    )
+    results: list[tuple[list[Measurement], int]] = []
+    begin = 0
+    for contender, configs in zip(contenders, finalists, strict=True):
+        mine = samples[begin : begin + len(configs)]
+        begin += len(configs)
+        timings = [measure.summarise(one) for one in mine]
+        measured = [
+            Measurement(
+                params=config.to_dict(),
+                round=1,
+                status="ok",
+                timing=timing,
+                default_ns=timings[0].median_ns,
+                max_abs_err=contender.verdicts[config].max_abs_err,
+                max_rel_err=contender.verdicts[config].max_rel_err,
+            )
+            for config, timing in zip(configs, timings, strict=True)
+        ]
+        results.append((measured, contender.winner(configs, mine) if configs else 0))
+    return results
+
+
+def verdict(
+    contender: Contender, measured: list[Measurement], winner: int
+) -> tuple[KernelResult, KernelReport]:
+    """What is stored of a contender, and what is shown."""
+    best = measured[winner] if measured else None
+    result = KernelResult(
+        kernel_name=contender.kernel.name,
+        backend=contender.kernel.backend,
+        toolchain_class=contender.toolchain_class,
+        source_sha256=contender.source_sha256,
+        space_sha256=contender.space_sha256,
+        measurements=(*contender.measurements, *measured),
+        best=best,
+        verified_seeds=len(SEEDS),
+        verified_rule=RULE,
+        expected_rev=contender.incumbent_rev,
+    )
+    rejected = tuple(
+        (one.params, one.status, one.error) for one in contender.measurements if one.status != "ok"
+    )
+    report = KernelReport(
+        name=contender.kernel.name,
+        feasible=len(contender.space.configs),
+        declared=contender.space.declared,
+        tried=len(contender.measurements),
+        infeasible=contender.space.infeasible,
+        rejected=rejected,
+        params=best.params if best is not None else None,
+        default_ns=(best.default_ns or 0) if best is not None else 0,
+        best_ns=best.timing.median_ns if best is not None and best.timing is not None else 0,
+        kept_default=winner == 0,
+    )
+    return result, report

@@ -1,0 +1,206 @@
+"""Which config to try next.
+
+Optuna keeps the study; the sampler draws only from feasible configs not yet tried.
+
+Order: the default; configs known from elsewhere; stratified random ones; then, by turns,
+neighbours of the best three, Optuna's TPE over the whole set, and random again (a quarter of all:
+on some spaces no model beats it). A small space is tried whole. No config is proposed twice, none
+that is infeasible.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+from optuna.samplers import BaseSampler, TPESampler
+from optuna.trial import TrialState
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial, Trial
+
+    from portattn.backends.base import Config
+
+RANDOM_START = 10
+_TOP = 3
+Point = dict[str, int]
+
+
+class FeasibleSampler(BaseSampler):
+    """Samples from an enumerated set without repetition.
+
+    Every parameter is the index of a value among that field's sorted values, so that TPE sees
+    numbers in order.
+
+    Args:
+        points: the feasible set; point 0 and then `first` are proposed before all others.
+        distributions: of each parameter.
+        first: indices of points to propose early.
+        seed: of every random choice.
+    """
+
+    def __init__(
+        self,
+        points: Sequence[Point],
+        distributions: Mapping[str, BaseDistribution],
+        first: Sequence[int],
+        seed: int,
+    ) -> None:
+        self._points = points
+        self._distributions = dict(distributions)
+        self._queue = list(dict.fromkeys([0, *first]))
+        self._remaining = dict.fromkeys(range(len(points)))
+        self._random = random.Random(seed)
+        self._tpe = TPESampler(seed=seed, n_startup_trials=RANDOM_START)
+        self._seen: dict[tuple[str, int], int] = {}
+        self._asked = 0
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether every point has been proposed."""
+        return not self._remaining
+
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """All parameters, always: a point is proposed as a whole."""
+        return self._distributions
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """The next point, marked as proposed."""
+        index = self._next(study, trial)
+        del self._remaining[index]
+        self._asked += 1
+        for item in self._points[index].items():
+            self._seen[item] = self._seen.get(item, 0) + 1
+        return dict(self._points[index])
+
+    def sample_independent(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> int:
+        """Never reached: every parameter is in the relative space."""
+        raise AssertionError(f"parameter {param_name} is not in the search space")
+
+    def _next(self, study: Study, trial: FrozenTrial) -> int:
+        while self._queue:
+            index = self._queue.pop(0)
+            if index in self._remaining:
+                return index
+        turn = self._asked % 4
+        if self._asked < RANDOM_START or turn == 0:
+            return self._stratified()
+        if turn == 2:
+            return self._modelled(study, trial)
+        return self._neighbour(study)
+
+    def _stratified(self) -> int:
+        """A random point among those whose values were proposed least."""
+        drawn = self._random.sample(list(self._remaining), min(32, len(self._remaining)))
+        return min(
+            drawn,
+            key=lambda index: sum(self._seen.get(item, 0) for item in self._points[index].items()),
+        )
+
+    def _modelled(self, study: Study, trial: FrozenTrial) -> int:
+        """The untried point nearest to what TPE proposes."""
+        wanted = {
+            name: self._tpe.sample_independent(study, trial, name, distribution)
+            for name, distribution in self._distributions.items()
+        }
+        return min(self._remaining, key=lambda index: _apart(self._points[index], wanted))
+
+    def _neighbour(self, study: Study) -> int:
+        """An untried point as near as can be to one of the best three.
+
+        The random generator breaks ties.
+        """
+        complete = [
+            t
+            for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+            if t.value is not None
+        ]
+        best = sorted(complete, key=lambda t: t.value or 0.0)[:_TOP]
+        if not best:
+            return self._stratified()
+        centre = self._random.choice(best).params
+        return min(
+            self._remaining,
+            key=lambda index: (_apart(self._points[index], centre), self._random.random()),
+        )
+
+
+def _apart(point: Point, other: Mapping[str, int]) -> float:
+    """Differing fields first, then how far apart their values lie."""
+    steps = [abs(value - other[name]) for name, value in point.items()]
+    return sum(step > 0 for step in steps) + 0.01 * sum(steps)
+
+
+class Search:
+    """The course of one search over a kernel's feasible configs. In memory; one thread.
+
+    Args:
+        configs: feasible, the default first.
+        known: configs that did well elsewhere, tried right after the default; others are ignored.
+        seed: same seed and same times, same course.
+    """
+
+    def __init__(self, configs: Sequence[Config], known: Sequence[Config], seed: int) -> None:
+        self._configs = configs
+        fields = [config.to_dict() for config in configs]
+        orders = {
+            name: sorted(
+                {values[name] for values in fields}, key=lambda value: (str(type(value)), value)
+            )
+            for name in fields[0]
+        }
+        points = [
+            {name: orders[name].index(value) for name, value in values.items()}
+            for values in fields
+        ]
+        self._index = {tuple(point.values()): number for number, point in enumerate(points)}
+        self._names = list(orders)
+        distributions: dict[str, BaseDistribution] = {
+            name: IntDistribution(0, len(order) - 1)
+            if type(order[0]) is int
+            else CategoricalDistribution(range(len(order)))
+            for name, order in orders.items()
+        }
+        first = [configs.index(config) for config in known if config in configs]
+        self._sampler = FeasibleSampler(points, distributions, first, seed)
+        level = optuna.logging.get_verbosity()
+        optuna.logging.set_verbosity(optuna.logging.WARNING)  # creating a study logs a line
+        self._study = optuna.create_study(direction="minimize", sampler=self._sampler)
+        optuna.logging.set_verbosity(level)
+        self._trial: Trial | None = None
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether nothing is left to try."""
+        return self._sampler.exhausted
+
+    def ask(self) -> Config:
+        """The next config to try; tell its outcome before asking again."""
+        self._trial = self._study.ask(self._sampler.infer_relative_search_space(self._study, None))  # type: ignore[arg-type]
+        return self._configs[self._index[tuple(self._trial.params[name] for name in self._names)]]
+
+    def tell(self, median_ns: int | None) -> None:
+        """The outcome of the config asked for: its time, or None if it was rejected."""
+        assert self._trial is not None, "tell() without ask()"
+        if median_ns is None:
+            self._study.tell(
+                self._trial, state=TrialState.PRUNED
+            )  # TPE counts it among the bad ones
+        else:
+            self._study.tell(self._trial, float(median_ns))
+        self._trial = None

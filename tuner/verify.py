@@ -1,0 +1,231 @@
+"""Whether a config computes the right thing, before it may be timed: against float64.
+
+The rule is that of the conformance suite: max|out - ref| <= 2 max|eager - ref| + 2 eps max|ref|,
+where eager is the reference's computation in the inputs' own dtype (in float32 the last term takes
+the largest value instead: the mean over many keys is much smaller). Checked are some blocks of
+rows of the real problem (the first, the last and random ones: float64 over all of it would cost
+more than the tuning), that no output is NaN or left unwritten, and the whole of a small problem of
+the same kind with ragged lengths.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from portattn.backends import registry
+from portattn.tuner.inputs import make, ragged, rows_of
+
+if TYPE_CHECKING:
+    from portattn.backends.base import AttentionInputs, Config, Kernel
+    from portattn.tuner.cases import Case
+
+RULE = "float64: error <= 2 eager + 2 eps largest"
+SEEDS = (0, 1)
+# Scores computed in float64 for one problem, and rows of one block.
+_MAX_SCORES = 1 << 22
+_BLOCK_ROWS = 64
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Verdict:
+    """What checking one config found.
+
+    Attributes:
+        status: ``"ok"``, or one of `portattn.tuning_db.schema.STATUSES`.
+        reason: why it is not ok.
+        max_abs_err: largest error of the outputs seen.
+        max_rel_err: the same over the largest reference value.
+        first_run_ns: time of the first run, compilation included.
+    """
+
+    status: str
+    reason: str = ""
+    max_abs_err: float | None = None
+    max_rel_err: float | None = None
+    first_run_ns: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Expected:
+    """The truth for some query rows, and the errors allowed.
+
+    Attributes:
+        rows: which query rows, int64.
+        output: float64 [batch, num_heads, rows, head_dim_v].
+        lse: [batch, num_heads, rows], or None.
+        output_tolerance, lse_tolerance: largest absolute errors allowed.
+    """
+
+    rows: torch.Tensor
+    output: torch.Tensor
+    lse: torch.Tensor | None
+    output_tolerance: float
+    lse_tolerance: float
+
+
+class Verifier:
+    """Checks configs on one case.
+
+    Making one computes the references; `inputs` may be timed afterwards.
+
+    Args:
+        case: the problem.
+    """
+
+    def __init__(self, case: Case) -> None:
+        self.inputs = make(case, SEEDS[0])
+        self._expected = _expect(self.inputs, _row_blocks(case))
+        self._small = ragged(case)
+        self._small_inputs = make(self._small, SEEDS[1])
+        self._small_expected = _expect(self._small_inputs, [(0, self._small.problem.seqlen_q)])
+
+    def check(self, kernel: Kernel, config: Config) -> Verdict:
+        """Run a config on both problems and compare.
+
+        An exception in the kernel is a verdict as well.
+        """
+        started = time.perf_counter_ns()
+        try:
+            _run(kernel, self.inputs, config)
+            first_run_ns = time.perf_counter_ns() - started
+            verdict = _compare(self.inputs, self._expected)
+            small = self._small.problem
+            if verdict.status == "ok" and not (
+                kernel.unsupported_reasons(small) or kernel.infeasible_reasons(small, config)
+            ):
+                _run(kernel, self._small_inputs, config)
+                verdict = _worse(verdict, _compare(self._small_inputs, self._small_expected))
+        except (
+            Exception
+        ) as error:  # whatever a candidate raises ends the candidate, not the tuning
+            return Verdict(_status_of(error), f"{type(error).__name__}: {str(error)[:1500]}")
+        return dataclasses.replace(verdict, first_run_ns=first_run_ns)
+
+
+def _run(kernel: Kernel, inputs: AttentionInputs, config: Config) -> None:
+    """Run into outputs full of NaN, and wait."""
+    inputs.output.fill_(torch.nan)
+    if inputs.lse is not None:
+        inputs.lse.fill_(torch.nan)
+    kernel.run(inputs, config)
+    if inputs.query.is_cuda:
+        torch.cuda.synchronize(inputs.query.device)
+
+
+def _status_of(error: Exception) -> str:
+    """The status for an exception, by its name: Triton and CuPy need not be imported for that."""
+    name = type(error).__name__
+    if "OutOfResources" in name or "OutOfMemory" in name or isinstance(error, MemoryError):
+        return "resource"
+    if "Compil" in name or "PTXAS" in name.upper():
+        return "compile_error"
+    return "launch_error"
+
+
+def _row_blocks(case: Case) -> list[tuple[int, int]]:
+    """Blocks of rows worth checking within the bound: the first, the last, and some between."""
+    problem = case.problem
+    rows = _MAX_SCORES // max(problem.batch * problem.num_heads * problem.seqlen_k, 1)
+    rows = max(min(rows, problem.seqlen_q), min(8, problem.seqlen_q))
+    if rows >= problem.seqlen_q:
+        return [(0, problem.seqlen_q)]
+    if "kv_lengths" in problem.features:
+        return [(problem.seqlen_q - rows, problem.seqlen_q)]
+    size = max(min(_BLOCK_ROWS, rows // 3), 1)
+    last = problem.seqlen_q - size
+    starts = {
+        0,
+        last,
+        *(random.Random(0).randrange(last + 1) for _ in range(max(rows // size - 2, 1))),
+    }
+    return [(start, start + size) for start in sorted(starts)]
+
+
+def _expect(inputs: AttentionInputs, blocks: list[tuple[int, int]]) -> _Expected:
+    truth = [_reference(rows_of(inputs, *block), "float64") for block in blocks]
+    eager = [_reference(rows_of(inputs, *block), "input") for block in blocks]
+    output = torch.cat([one for one, _ in truth], dim=2)
+    dtype = inputs.output.dtype
+    # Kernels that compute float32 in parts round the values, and not their mean over many keys.
+    largest = _largest(inputs.value) if dtype == torch.float32 else _largest(output)
+    error = _error(torch.cat([one for one, _ in eager], dim=2), output)
+    lse, lse_tolerance = None, 0.0
+    if inputs.lse is not None:
+        lse = torch.cat([one for _, one in truth if one is not None], dim=2)
+        eager_lse = torch.cat([one for _, one in eager if one is not None], dim=2)
+        lse_tolerance = _tolerance(_error(eager_lse, lse), _largest(lse), torch.float32)
+    rows = torch.cat([torch.arange(*block) for block in blocks]).to(output.device)
+    return _Expected(rows, output, lse, _tolerance(error, largest, dtype), lse_tolerance)
+
+
+def _reference(part: AttentionInputs, dtype: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Output and LSE of the reference computing in float64 or in the inputs' dtype."""
+    reference = registry.kernel("reference")
+    wide = torch.float64 if dtype == "float64" else part.output.dtype
+    output = torch.empty(part.output.shape, dtype=wide, device=part.output.device)
+    lse = None if part.lse is None else torch.empty(part.lse.shape, device=part.lse.device)
+    exact = dataclasses.replace(part, output=output, lse=lse)
+    reference.run(exact, reference.config_from_dict({"dtype": dtype}))
+    return output, lse
+
+
+def _tolerance(eager_error: float, largest: float, dtype: torch.dtype) -> float:
+    return 2 * eager_error + 2 * torch.finfo(dtype).eps * largest
+
+
+def _numbers(tensor: torch.Tensor) -> npt.NDArray[np.float64]:
+    """On the host and out of torch, whose threads cost more than this work on a busy machine."""
+    numbers: npt.NDArray[np.float64] = tensor.double().cpu().numpy()
+    return numbers
+
+
+def _error(found: torch.Tensor, truth: torch.Tensor) -> float:
+    """The largest absolute difference; equal infinities differ by nothing, NaN differs by inf."""
+    if not truth.numel():
+        return 0.0
+    mine, right = _numbers(found), _numbers(truth)
+    with np.errstate(invalid="ignore"):
+        difference = np.where(mine == right, 0.0, np.abs(mine - right))
+    return float(np.nan_to_num(difference, nan=math.inf, posinf=math.inf).max())
+
+
+def _largest(truth: torch.Tensor) -> float:
+    numbers = np.abs(_numbers(truth))
+    return float(numbers.max(initial=0.0, where=np.isfinite(numbers)))
+
+
+def _compare(inputs: AttentionInputs, truth: _Expected) -> Verdict:
+    if inputs.output.float().sum().isnan():
+        rows = inputs.output.isnan().flatten(0, 1).any(-1).any(0).nonzero().flatten()
+        where = (
+            f"{rows.numel()} query rows, the first is row {int(rows[0])}" if len(rows) else "sums"
+        )
+        return Verdict("nan", f"NaN or not written: {where}")
+    error = _error(inputs.output[:, :, truth.rows], truth.output)
+    relative = error / max(_largest(truth.output), 1e-30)
+    reason = ""
+    if error > truth.output_tolerance:
+        reason = f"output differs by {error:.3g}; {truth.output_tolerance:.3g} is allowed"
+    elif truth.lse is not None and inputs.lse is not None:
+        lse_error = _error(inputs.lse[:, :, truth.rows], truth.lse)
+        if lse_error > truth.lse_tolerance:
+            reason = f"lse differs by {lse_error:.3g}; {truth.lse_tolerance:.3g} is allowed"
+    return Verdict("wrong_result" if reason else "ok", reason, error, relative)
+
+
+def _worse(first: Verdict, second: Verdict) -> Verdict:
+    """The second check's status with the larger errors of both."""
+    return dataclasses.replace(
+        second,
+        reason=f"on a small ragged problem: {second.reason}" if second.reason else "",
+        max_abs_err=max(first.max_abs_err or 0.0, second.max_abs_err or 0.0),
+        max_rel_err=max(first.max_rel_err or 0.0, second.max_rel_err or 0.0),
+    )

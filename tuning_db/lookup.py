@@ -1,0 +1,245 @@
+"""Which stored config runs, on the call path: a dictionary in this process, filled once.
+
+No SQL, no exception.
+
+The ladder, first hit wins; dispatch validates what comes back and has the kernel's default as its
+last rung:
+
+* ``exact``: tuned on this device, for this bucket, with this kernel source and toolchain;
+* ``stale``: the same, but the kernel's source or toolchain has changed since;
+* ``family``: tuned on another device of the same family, for this bucket;
+* ``seeds``: shipped with the package for this family and bucket;
+* ``nearest``: one of the above for the nearest bucket, at most `key.MAX_DISTANCE` doublings away.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import warnings
+from typing import TYPE_CHECKING, NamedTuple
+
+from portattn.tuning_db import seeds, snapshot
+from portattn.tuning_db.identity import toolchain_class
+from portattn.tuning_db.key import MAX_DISTANCE, ProblemKey, bucket, distance
+from portattn.tuning_db.location import Location, TuningDatabaseWarning, locate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from portattn.device import DeviceKey
+    from portattn.problem import AttentionProblem
+    from portattn.tuning_db.snapshot import StoredConfig
+
+RUNGS = ("exact", "stale", "family", "seeds", "nearest")
+_MEMO_ENTRIES = 8192
+
+
+class Found(NamedTuple):
+    """A stored config: its fields, and the rung of the ladder that it stood on.
+
+    No fields mean that the kernel's default was best there: ask the kernel for it.
+    """
+
+    params: dict[str, int | bool | str]
+    rung: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Status:
+    """What this process knows of the database.
+
+    Attributes:
+        location: where it is.
+        state: as in `snapshot.Snapshot`.
+        detail: why, if it is not ``"ok"``.
+        rows, seed_rows, invalid_rows: how many were loaded, shipped and skipped.
+    """
+
+    location: Location
+    state: str
+    detail: str
+    rows: int
+    seed_rows: int
+    invalid_rows: int
+
+
+class _Table:
+    """The loaded rows and the answers given so far."""
+
+    def __init__(self, location: Location) -> None:
+        read = snapshot.read(location)
+        seed_rows, seed_problems = seeds.load_all()
+        self.status = Status(
+            location, read.state, read.detail, len(read.rows), len(seed_rows), read.invalid_rows
+        )
+        self.warning = _warning_text(self.status, seed_problems)
+        self.exact: dict[tuple[str, ProblemKey], list[StoredConfig]] = {}
+        self.similar: dict[tuple[object, ...], list[StoredConfig]] = {}
+        for row in (*read.rows, *seed_rows):
+            self.exact.setdefault((row.kernel_name, row.key), []).append(row)
+            self.similar.setdefault((row.kernel_name, row.family, *row.key.group), []).append(row)
+        self.found: dict[tuple[str, AttentionProblem, DeviceKey], Found | None] = {}
+
+
+_lock = threading.Lock()
+_table: _Table | None = None
+
+
+def _warning_text(status: Status, seed_problems: Sequence[str]) -> str:
+    """What the user must know, or "" if nothing.
+
+    Never having tuned is the normal state of a new machine.
+    """
+    parts = []
+    if status.state not in ("ok", "off") and (status.state != "missing" or status.location.named):
+        way_out = {
+            "missing": "run `portattn tune` to make it, or unset PORTATTN_DB",
+            "locked": "another process holds it; start again once that is done",
+            "newer": "upgrade portattn, or point PORTATTN_DB at another file",
+        }.get(
+            status.state,
+            "`portattn doctor` says more; move the file away and run `portattn tune` for a new "
+            "one",
+        )
+        parts.append(
+            f"tuning database {status.location.shown} is {status.state}: {status.detail}. Default "
+            f"configs run; {way_out}"
+        )
+    if status.invalid_rows:
+        parts.append(
+            f"{status.invalid_rows} rows of tuning database {status.location.shown} are invalid "
+            "and not used; "
+            "run `portattn tune` to measure them anew"
+        )
+    parts += [f"seeds file {problem} is not used; reinstall portattn" for problem in seed_problems]
+    return "; ".join(parts)
+
+
+def _loaded() -> _Table:
+    global _table
+    if _table is not None:
+        return _table
+    with _lock:
+        if _table is None:
+            _table = _Table(locate())
+            if _table.warning:
+                warnings.warn(_table.warning, TuningDatabaseWarning, stacklevel=3)
+        return _table
+
+
+def reload() -> None:
+    """Forget what was loaded.
+
+    The next lookup reads the database that ``PORTATTN_DB`` names then.
+    """
+    global _table
+    with _lock:
+        _table = None
+
+
+def status() -> Status:
+    """The state of the database as this process sees it; loads it if no call has yet."""
+    return _loaded().status
+
+
+def find(
+    kernel_name: str,
+    problem: AttentionProblem,
+    device: DeviceKey,
+    *,
+    kernel_source: Callable[[], str] | None = None,
+) -> Found | None:
+    """The stored config for a kernel and a problem, and its rung; None if nothing is known.
+
+    Args:
+        kernel_name: a name of the registry.
+        problem: the call.
+        device: where it runs.
+        kernel_source: gives the kernel's source hash (`identity.source_of_files`); called only for
+            a kernel with rows, at most once per problem. Without it any source counts as the
+            present one.
+
+    Returns:
+        ``(params, rung)``. The params are plain values: the caller rebuilds and validates the
+        kernel's config.
+        They belong to the table: copy before changing.
+    """
+    table = _table or _loaded()
+    memo_key = (kernel_name, problem, device)
+    try:
+        return table.found[memo_key]
+    except KeyError:
+        pass
+    found = _search(table, kernel_name, bucket(problem), device, kernel_source)
+    if len(table.found) >= _MEMO_ENTRIES:
+        table.found.clear()
+    table.found[memo_key] = found
+    return found
+
+
+def _tier(row: StoredConfig, fingerprint: str, source: str | None) -> int:
+    """Index into RUNGS of a row of the right bucket and family."""
+    if not row.device_fingerprint:
+        return RUNGS.index("seeds")
+    if row.device_fingerprint != fingerprint:
+        return RUNGS.index("family")
+    current = source in (None, row.source_sha256) and row.toolchain_class == toolchain_class(
+        row.backend
+    )
+    return RUNGS.index("exact" if current else "stale")
+
+
+def _search(
+    table: _Table,
+    kernel_name: str,
+    key: ProblemKey,
+    device: DeviceKey,
+    kernel_source: Callable[[], str] | None,
+) -> Found | None:
+    """The ladder, for a problem that this process has not met yet."""
+    family = device.family
+    rows = [row for row in table.exact.get((kernel_name, key), ()) if row.family == family]
+    is_near = not rows
+    if is_near:
+        rows = table.similar.get((kernel_name, family, *key.group), [])
+    if not rows:
+        return None
+    fingerprint = device.fingerprint
+    is_here = any(row.device_fingerprint == fingerprint for row in rows)
+    source = kernel_source() if is_here and kernel_source is not None else None
+
+    def rank(row: StoredConfig) -> tuple[float, int, int]:
+        apart = distance(row.key, key) if is_near else 0.0
+        return apart, _tier(row, fingerprint, source), row.median_ns
+
+    best = min(rows, key=rank)
+    apart, tier, _ = rank(best)
+    if apart > MAX_DISTANCE:
+        return None
+    return Found({} if best.is_default else best.params, "nearest" if is_near else RUNGS[tier])
+
+
+def ranking(names: Sequence[str], problem: AttentionProblem, device: DeviceKey) -> tuple[str, ...]:
+    """The kernels measured on this device for this bucket, fastest first.
+
+    Args:
+        names: kernels to rank, preferred first; on a tie the preferred one comes first.
+        problem: the call.
+        device: where it runs.
+
+    Returns:
+        Some of names. Empty if names[0] was never measured here: then nothing can overrule the
+        preference.
+    """
+    table = _table or _loaded()
+    if not table.exact or not names:
+        return ()
+    key, fingerprint = bucket(problem), device.fingerprint
+    times: dict[str, int] = {}
+    for name in names:
+        rows = table.exact.get((name, key), ())
+        here = [row.median_ns for row in rows if row.device_fingerprint == fingerprint]
+        if here:
+            times[name] = min(here)
+    return tuple(sorted(times, key=times.__getitem__)) if names[0] in times else ()

@@ -1,0 +1,1 @@
+"""Alembic migrations, run by `portattn.tuning_db.engine`."""
