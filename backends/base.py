@@ -109,7 +109,7 @@ class Kernel(abc.ABC):
 
     @abc.abstractmethod
     def unsupported_reasons(self, problem: AttentionProblem) -> list[str]:
-        """Why this kernel cannot run the problem; empty if it can. Each reason is a full clause."""
+        """Why this kernel cannot run the problem, in full clauses; empty if it can."""
 
     @abc.abstractmethod
     def default_config(self, problem: AttentionProblem) -> Config:
@@ -117,7 +117,10 @@ class Kernel(abc.ABC):
 
     @abc.abstractmethod
     def search_space(self, problem: AttentionProblem) -> Mapping[str, Sequence[ConfigValue]]:
-        """For each config field the values worth trying; `infeasible_reasons` filters the product."""
+        """For each config field the values worth trying.
+
+        The product is filtered by `infeasible_reasons`; empty: the kernel is not tuned.
+        """
 
     @abc.abstractmethod
     def infeasible_reasons(self, problem: AttentionProblem, config: Config) -> list[str]:

@@ -1,0 +1,1 @@
+"""Eager torch in float64: what every other backend is compared with."""

@@ -1,0 +1,1 @@
+"""portattn behind other libraries' calls; each module is imported on its own."""
