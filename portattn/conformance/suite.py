@@ -112,12 +112,21 @@ def check(kernel: str, case: str, dtype: str, device: str = "cpu") -> Outcome:
 def _expected(
     case: Case, dtype: str, device: str
 ) -> tuple[Inputs, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-    """The inputs, and (output, LSE) of the float64 reference and of the eager computation."""
+    """The inputs, and (output, LSE) of the float64 reference and of the eager computation.
+
+    Both are computed on the CPU, so that every device is held to the same yardstick: a GPU library
+    sums a decode row's products in many parallel parts, with an error that no one loop reaches.
+    """
     with _single_thread():
-        inputs = draw(case, DTYPES[dtype], device)
+        inputs = draw(case, DTYPES[dtype], "cpu")
         law = _reference(inputs.to(torch.float64), "float64")
         eager = _reference(inputs, "input")
-    return inputs, law, eager
+        inputs = draw(case, DTYPES[dtype], device)
+    return inputs, _move(law, device), _move(eager, device)
+
+
+def _move(tensors: tuple[torch.Tensor, ...], device: str) -> tuple[torch.Tensor, ...]:
+    return tuple(tensor.to(device) for tensor in tensors)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The cache is bounded and returns the same plan; what does not fit a call is a MaskError that says so."""
+"""The cache is bounded and gives one plan per mask; what does not fit a call is a MaskError."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Schedules: every kept tile is done exactly once, rows are cut where they are long, workspace stays bounded."""
+"""Schedules: each tile done exactly once, long rows cut, workspace bounded."""
 
 import numpy as np
 import pytest

@@ -6,6 +6,13 @@
 
 namespace portattn {
 
+// Saturating "bound - base": no-bound markers stay at the ends of the clamp.
+inline i64 relative(i64 bound, i64 base, i64 lo, i64 hi) {
+    if (bound <= kNoLower) return lo;
+    if (bound >= kNoUpper) return hi;
+    return std::clamp(bound - base, lo, hi);
+}
+
 // Appends the keys [lo, hi) to spans in class coordinates, clipped; merges with the last span if they touch.
 inline void push(Spans& out, const KeyClass& keys, Span clip, i64 lo, i64 hi) {
     if (lo >= hi) return;

@@ -7,13 +7,6 @@ namespace portattn {
 
 namespace {
 
-// Saturating "bound - base": no-bound markers stay at the ends of the clamp.
-i64 relative(i64 bound, i64 base, i64 lo, i64 hi) {
-    if (bound <= kNoLower) return lo;
-    if (bound >= kNoUpper) return hi;
-    return std::clamp(bound - base, lo, hi);
-}
-
 void append_bits(std::vector<i64>& out, const std::vector<bool>& bits) {
     i64 word = 0;
     for (size_t n = 0; n < bits.size(); ++n) {

@@ -1,0 +1,1 @@
+"""Raw CUDA kernels, compiled by NVRTC and launched through CuPy."""

@@ -1,0 +1,48 @@
+"""Cubins of every architecture, compiled without a GPU: no warnings, ceilings on spills."""
+
+import pytest
+
+from portattn.backends.cupy.config import Variant, default_config, infeasible_reasons, shared_limit
+from portattn.backends.cupy.loader import compile_program
+from portattn.problem import AttentionProblem
+
+CAPABILITIES = {"sm_80": (8, 0), "sm_86": (8, 6), "sm_90": (9, 0), "sm_120": (12, 0)}
+NO_TERMS = (False, False, False)
+ALL_TERMS = (True, True, True)
+
+# (arch, dtype, head_dim, head_dim_v, aligned, (softcap, alibi, bias)) -> most bytes of spill
+# stores a thread, as ptxas of NVRTC 13.0 to 13.5 needed. Default configs of 16-bit inputs have
+# none.
+CEILINGS = {
+    **{
+        (arch, "float16", dim, dim, True, NO_TERMS): 0
+        for arch in CAPABILITIES
+        for dim in (64, 128, 256)
+    },
+    ("sm_90", "bfloat16", 64, 64, True, NO_TERMS): 0,
+    ("sm_90", "bfloat16", 128, 128, True, NO_TERMS): 0,
+    ("sm_90", "bfloat16", 96, 192, True, NO_TERMS): 0,
+    ("sm_90", "bfloat16", 128, 128, True, ALL_TERMS): 128,
+    ("sm_86", "float16", 128, 64, False, NO_TERMS): 0,
+    ("sm_90", "float32", 64, 64, True, NO_TERMS): 0,
+    ("sm_86", "float32", 128, 128, True, NO_TERMS): 0,
+    # FMA operands and 128 accumulators do not fit 255 registers.
+    ("sm_120", "float32", 256, 256, True, NO_TERMS): 512,
+}
+
+
+@pytest.mark.parametrize("target", CEILINGS, ids=str)
+def test_default_config_compiles(target):
+    arch, dtype, head_dim, head_dim_v, aligned, terms = target
+    capability = CAPABILITIES[arch]
+    problem = AttentionProblem("cuda", dtype, 1, 8, 8, 4096, 4096, head_dim, head_dim_v)
+    config = default_config(problem, capability)
+    assert infeasible_reasons(problem, config, capability) == []
+    variant = Variant(dtype, head_dim, head_dim_v, aligned, *terms, config)
+    compiled = compile_program(variant.program(arch))
+    resources = compiled.resources()
+    assert "warning" not in compiled.log.lower()
+    assert compiled.cubin.startswith(b"\x7fELF")
+    assert resources.spill_store_bytes <= CEILINGS[target]
+    assert resources.registers <= 65536 // (32 * config.num_warps * config.blocks_per_sm)
+    assert variant.shared_bytes() <= shared_limit(capability)
