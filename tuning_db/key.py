@@ -10,9 +10,9 @@ import functools
 import math
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from portattn.masks.opcodes import instructions, is_bound
 
+if TYPE_CHECKING:
     from portattn.problem import AttentionProblem
 
 # Raise it whenever `bucket` maps some problem elsewhere: rows of another version are never
@@ -23,32 +23,11 @@ BUCKET_VERSION = 1
 # guess.
 MAX_DISTANCE = 4.0
 
-# Opcodes of docs/formats.md, with the number of operands that are not expressions.
-_OPERANDS = {
-    0: 0,
-    1: 2,
-    2: 2,
-    3: 2,
-    4: 3,
-    5: 3,
-    6: 3,
-    7: 1,
-    8: 1,
-    9: 3,
-    10: 3,
-    11: 2,
-    12: 1,
-    13: 1,
-    14: 1,
-    15: 0,
-    16: 1,
-    17: 1,
-}
+# Opcodes of docs/formats.md.
 _KIND = {
     1: "band", 2: "range", 3: "range", 4: "step", 5: "step", 6: "blocks", 7: "set", 8: "set",
     9: "random", 10: "table", 11: "ids", 12: "lengths", 15: "not", 16: "heads", 17: "batch",
 }  # fmt: skip
-_NO_BOUND = 2**61  # bounds past this stand for "none"
 _KEYED_FEATURES = ("alibi", "bias", "sinks", "softcap")
 
 
@@ -142,22 +121,19 @@ def _mask_columns(program: tuple[int, ...]) -> tuple[str, bool, int, int]:
     bounds: list[int] = []
     blocks: list[int] = []
     causal = False
-    position = 1  # program[0] is the format's version
-    while position < len(program):
-        opcode = program[position]
-        count = _OPERANDS.get(opcode)
-        if count is None:  # a program of a newer format: a bucket of its own
-            return "unknown", False, 0, 0
-        operands: Sequence[int] = program[position + 1 : position + 1 + count]
-        position += 1 + count
+    try:
+        found = list(instructions(program))
+    except ValueError:
+        return "unknown", False, 0, 0  # a program of a newer format: a bucket of its own
+    for opcode, operands in found:
         if opcode == 1:
             causal = causal or operands[1] == 0
-            bounds += [abs(bound) + 1 for bound in operands if bound and abs(bound) < _NO_BOUND]
+            bounds += [abs(bound) + 1 for bound in operands if bound and is_bound(bound)]
         elif opcode in (4, 5, 6, 9):
             blocks.append(operands[0])
         elif opcode == 10:
             blocks += operands[1:]
-        if opcode == 1 and operands[1] == 0 and operands[0] <= -_NO_BOUND:
+        if opcode == 1 and operands[1] == 0 and not is_bound(operands[0]):
             continue  # plain causal is told by its own column
         if opcode in _KIND:
             kinds.add(_KIND[opcode])

@@ -14,6 +14,7 @@ from portattn.backends.triton.limits import (
     forward_footprint,
     next_power_of_2,
 )
+from portattn.masks.opcodes import BAND, instructions, is_bound
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,11 +29,7 @@ _MAX_ACCUMULATORS = 192
 _MAX_SCALAR_FMAS = 512
 _MAX_GROUP_BYTES = 16 << 20
 
-# Operand counts of the mask opcodes (docs/formats.md), to walk a program.
-_OPERANDS = (0, 2, 2, 2, 3, 3, 3, 1, 1, 3, 3, 2, 1, 1, 1, 0, 1, 1)
-_BAND = 1
 _SPARSE_OPCODES = frozenset({4, 5, 6, 7, 8, 9, 10, 11})
-_UNBOUNDED = 1 << 62
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,15 +60,10 @@ class TritonForwardConfig(Config):
 
 def is_sparse(program: Sequence[int]) -> bool:
     """Whether a mask program holds a pattern that keeps few keys of a row (causal does not)."""
-    at = 1
-    while at < len(program):
-        opcode = program[at]
-        if opcode in _SPARSE_OPCODES:
-            return True
-        if opcode == _BAND and program[at + 1] > -_UNBOUNDED and program[at + 2] < _UNBOUNDED:
-            return True
-        at += 1 + _OPERANDS[opcode]
-    return False
+    return any(
+        opcode in _SPARSE_OPCODES or (opcode == BAND and all(map(is_bound, operands)))
+        for opcode, operands in instructions(program)
+    )
 
 
 # (block_q, block_k, num_warps, num_stages, tma), best first; the first that fits is the default.

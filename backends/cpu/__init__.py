@@ -1,0 +1,1 @@
+"""The CPU kernels: any plan, three dtypes, on the instruction set found at run time."""

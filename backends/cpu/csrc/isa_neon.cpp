@@ -1,0 +1,3 @@
+#define PA_ISA neon
+#define PA_ISA_NAME "neon"
+#include "isa.inc.hpp"
