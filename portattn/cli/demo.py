@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import json
+import platform
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -78,17 +81,19 @@ def run(settings: Settings, console: Console) -> bool:
         _say(console, f"Tuning this machine for these masks ({settings.tune_seconds:.0f} s)")
         _tune(chosen, inputs, settings, console)
     _say(console, "Attention over the whole text, beside what one would use without portattn")
-    _compare(chosen, inputs, settings, console)
+    found = {"patterns": _compare(chosen, inputs, settings, console)}
     _say(console, "Time against length")
-    _plot(chosen, inputs, settings, console)
+    found["curves"] = _plot(chosen, inputs, settings, console)
 
     from portattn.cli.demo_model import run_model
 
     _say(console, "The whole model with portattn as its attention, then the same in ONNX Runtime")
-    agree = run_model(settings.output, PARAGRAPHS, console)
+    results = run_model(settings.output, PARAGRAPHS, console)
+    found["model"] = [dataclasses.asdict(result) for result in results]
     seconds = time.perf_counter() - begin
-    console.print(f"\nDone in {seconds:.0f} s. Pictures are in {settings.output}/.")
-    return agree
+    _write(settings, found, seconds)
+    console.print(f"\nDone in {seconds:.0f} s. Pictures and figures are in {settings.output}/.")
+    return all(result.agrees for result in results)
 
 
 def _say(console: Console, text: str) -> None:
@@ -146,7 +151,7 @@ def _verdict(kernel: KernelReport) -> str:
 
 def _compare(
     chosen: list[Pattern], inputs: LayerInput, settings: Settings, console: Console
-) -> None:
+) -> list[dict[str, Any]]:
     from portattn import explain
     from portattn.bench import demo as measure
     from portattn.bench.demo_peers import sampled_rows
@@ -158,16 +163,44 @@ def _compare(
     )
     rows = sampled_rows(inputs.num_tokens, SAMPLED_ROWS)
     dense = measure.run_dense(inputs, rows, settings.peer_seconds)
+    found = []
     for pattern in chosen:
-        own, peers = measure.run_pattern(inputs, pattern, rows, settings.peer_seconds)
-        console.print(pattern_table(own, [dense, *peers]))
+        own, others = measure.run_pattern(inputs, pattern, rows, settings.peer_seconds)
+        peers = [dense, *others]
+        console.print(pattern_table(own, peers))
+        found.append(dataclasses.asdict(own) | {"peers": [dataclasses.asdict(p) for p in peers]})
     why = explain(inputs.query, inputs.key, inputs.value, chosen[0].mask)
     console.print(f"What ran for {chosen[0].name}: {why.kernel}, {why.config}, from: {why.rung}")
+    return found
 
 
-def _plot(chosen: list[Pattern], inputs: LayerInput, settings: Settings, console: Console) -> None:
+def _plot(
+    chosen: list[Pattern], inputs: LayerInput, settings: Settings, console: Console
+) -> list[dict[str, Any]]:
     from portattn.bench import demo as measure
 
     path = settings.output / "time_against_length.png"
-    measure.plot_curves(measure.time_against_length(inputs, chosen), path)
+    curves = measure.time_against_length(inputs, chosen)
+    measure.plot_curves(curves, path)
     console.print(f"drawn in {path}")
+    return [dataclasses.asdict(curve) for curve in curves]
+
+
+def _write(settings: Settings, found: dict[str, list[dict[str, Any]]], seconds: float) -> None:
+    import torch
+
+    import portattn
+    from portattn.device import device_key
+
+    head = {
+        "benchmark": "demo",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "device": device_key("cpu").name,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "portattn": portattn.__version__,
+        "tokens": settings.tokens,
+        "seconds": seconds,
+    }
+    text = json.dumps(head | found, indent=2)
+    (settings.output / "demo.json").write_text(text + "\n")

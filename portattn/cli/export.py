@@ -15,7 +15,6 @@ from rich.table import Table
 from portattn.errors import ExportError
 
 if TYPE_CHECKING:
-
     import torch
 
     from portattn.export import ExportInfo

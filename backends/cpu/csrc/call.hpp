@@ -1,4 +1,5 @@
-// What the driver hands to the kernels of one instruction set. Plain data, no standard library (see simd.hpp).
+// What the driver hands to the kernels of one instruction set. Plain data, no standard library (see
+// simd.hpp).
 #pragma once
 #include "cpu.h"
 
@@ -24,7 +25,7 @@ struct Call {
     float* running;
     int64_t running_strides[3];
     float* running_lse;  // [batch, num_heads, seqlen_q] contiguous
-    double mean_keys;  // visited by a query tile, on average
+    double mean_keys;    // visited by a query tile, on average
     // Keys and values in the form that the kernels want, made by a pass before the first; null without.
     void* packed;
 };
@@ -62,7 +63,8 @@ struct RowPlace {
     int64_t h, row;
 };
 RowPlace row_place(const Call& call, const Task& task, int64_t r);
-// Stores one finished row (normalised, natural log LSE): into the running buffers, or with sinks into the output.
+// Stores one finished row (normalised, natural log LSE): into the running buffers, or with sinks into the
+// output.
 void store_row(const Call& call, const Task& task, RowPlace place, const float* o, float lse);
 // LSE and output factor of a row with its head's sink: o *= factor.
 float apply_sink(const Call& call, int64_t h, float lse, float* factor);

@@ -4,7 +4,8 @@
 //        portattn::cpu::Forward call;
 //        if (call.init(args, err, err_len) != 0) fail(err);
 //        for (int pass = 0; pass < call.num_passes(); ++pass)          // a barrier between passes
-//            parallel_for(call.num_tasks(pass), [&](int64_t i) {       // tasks of a pass in any order, by any thread
+//            parallel_for(call.num_tasks(pass), [&](int64_t i) {       // tasks of a pass in any order, by
+//            any thread
 //                call.run_task(pass, i, portattn::cpu::thread_scratch(call.scratch_bytes()));
 //            });
 //    `init` allocates what the schedule's cut rows and passes need; the destructor frees it. All that
@@ -22,8 +23,8 @@ extern "C" {
 
 enum { PA_FLOAT32 = 0, PA_FLOAT16 = 1, PA_BFLOAT16 = 2 };
 enum { PA_CPU_MAIN = 0, PA_CPU_DECODE = 1 };
-// How the main kernel copies keys and values first: not at all, float32 tiles to padded rows, or the whole of them to
-// bf16 tiles for AMX (only on x86-64-v4+amx). Automatic: tiles where AMX pays, else none.
+// How the main kernel copies keys and values first: not at all, float32 tiles to padded rows, or the whole of
+// them to bf16 tiles for AMX (only on x86-64-v4+amx). Automatic: tiles where AMX pays, else none.
 enum { PA_PACK_AUTO = 0, PA_PACK_NONE = 1, PA_PACK_ROWS = 2, PA_PACK_TILES = 3 };
 
 typedef struct {
@@ -55,8 +56,8 @@ typedef struct {
     int32_t threads;              // >= 1
     int32_t head_group;           // heads whose items are ordered together, longest first; >= 1
     int32_t pack;                 // PA_PACK_...
-    int32_t group_heads;          // PA_CPU_DECODE: 1 if the schedule counts KV heads and one task does a group
-    int32_t plan_batch;           // the plan's batch index of the tensors' first batch
+    int32_t group_heads;  // PA_CPU_DECODE: 1 if the schedule counts KV heads and one task does a group
+    int32_t plan_batch;   // the plan's batch index of the tensors' first batch
 } pa_cpu_args;
 
 // 0, or an error code with a message in err.
@@ -81,7 +82,7 @@ namespace cpu {
 struct Call;
 
 class Forward {
-public:
+  public:
     Forward() = default;
     ~Forward();
     Forward(const Forward&) = delete;
@@ -95,7 +96,7 @@ public:
     void run_task(int32_t pass, int64_t index, void* scratch) const;
     double work_us() const;  // rough time of the whole call on one thread
 
-private:
+  private:
     Call* call_ = nullptr;
 };
 

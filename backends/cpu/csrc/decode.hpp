@@ -1,5 +1,6 @@
 // The decode kernel: few query rows, so the lanes run over head_dim (dot products) and over keys (softmax).
-// The rows of a whole GQA group are done together, so that keys and values are read once (call.args.group_heads).
+// The rows of a whole GQA group are done together, so that keys and values are read once
+// (call.args.group_heads).
 #pragma once
 #include "call.hpp"
 #include "simd.hpp"
@@ -10,12 +11,13 @@ namespace cpu {
 namespace PA_ISA {
 
 constexpr int MAX_RB = VL >= 16 ? 4 : VL >= 8 ? 2 : 1;  // query rows per micro-kernel call
-constexpr int64_t CHUNK = 256;                           // keys between two softmax steps: 64 KiB of K at D 64
+constexpr int64_t CHUNK = 256;                          // keys between two softmax steps: 64 KiB of K at D 64
 
 PA_INLINE int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 // Lane k of the result is the sum of v[k]'s lanes.
-template <int H> PA_INLINE void sum_round(vf* v) {
+template <int H>
+PA_INLINE void sum_round(vf* v) {
     vi low, high;
     for (int i = 0; i < VL; ++i) {
         low[i] = (i & H) ? (i ^ H) + VL : i;
@@ -46,8 +48,8 @@ PA_INLINE float sum_of(vf v) {
     return s;
 }
 
-// Rows to bring into the level-2 cache while others are worked on: with keys and values read as two streams at once,
-// memory keeps more requests in flight than one stream does (they stop at page ends).
+// Rows to bring into the level-2 cache while others are worked on: with keys and values read as two streams
+// at once, memory keeps more requests in flight than one stream does (they stop at page ends).
 struct Ahead {
     const char* data;  // null: nothing
     int64_t stride, rows, bytes;
@@ -60,8 +62,8 @@ struct Ahead {
 
 // s[r][n] = q[r] . k[n] for RB rows and VL/RB keys; only `keys` of them exist and are read.
 template <class T, int RB>
-PA_INLINE void dots(const float* q, int64_t ldq, const typename T::type* k, int64_t ldk, int64_t keys, int64_t dim,
-                    float* s, int64_t lds) {
+PA_INLINE void dots(const float* q, int64_t ldq, const typename T::type* k, int64_t ldk, int64_t keys,
+                    int64_t dim, float* s, int64_t lds) {
     constexpr int KB = VL / RB;
     const typename T::type* row[KB];
     vf acc[VL];
@@ -93,11 +95,11 @@ PA_INLINE void dots(const float* q, int64_t ldq, const typename T::type* k, int6
     for (int r = 0; r < RB; ++r) memcpy(s + r * lds, t + r * KB, sizeof(float) * KB);
 }
 
-// o[r][d : d + DB*VL] = alpha[r] * o + sum over n of p[r][n] * v[n][d : ...]. part > 0: DB is 1 and only `part`
-// elements exist.
+// o[r][d : d + DB*VL] = alpha[r] * o + sum over n of p[r][n] * v[n][d : ...]. part > 0: DB is 1 and only
+// `part` elements exist.
 template <class T, int RB, int DB>
-PA_INLINE void accumulate(const float* p, int64_t ldp, const typename T::type* v, int64_t ldv, int64_t keys, float* o,
-                          int64_t ldo, const float* alpha, int part, const Ahead& ahead) {
+PA_INLINE void accumulate(const float* p, int64_t ldp, const typename T::type* v, int64_t ldv, int64_t keys,
+                          float* o, int64_t ldo, const float* alpha, int part, const Ahead& ahead) {
     vf acc[RB][DB];
 #pragma GCC unroll 4
     for (int r = 0; r < RB; ++r)
@@ -119,8 +121,8 @@ PA_INLINE void accumulate(const float* p, int64_t ldp, const typename T::type* v
 }
 
 template <class T, int RB>
-static void dots_rows(const float* q, int64_t ldq, const typename T::type* k, int64_t ldk, int64_t keys, int64_t dim,
-                      float* s, int64_t lds, const Ahead& ahead) {
+static void dots_rows(const float* q, int64_t ldq, const typename T::type* k, int64_t ldk, int64_t keys,
+                      int64_t dim, float* s, int64_t lds, const Ahead& ahead) {
     constexpr int KB = VL / RB;
     for (int64_t n = 0; n < keys; n += KB) {
         ahead.fetch(n, KB);
@@ -141,7 +143,8 @@ static void accumulate_rows(const float* p, int64_t ldp, const typename T::type*
         accumulate<T, RB, DB>(p, ldp, v + d, ldv, keys, o + d, ldo, alpha, 0, ahead);
     for (; d + 4 * VL <= dim; next(4 * VL))
         accumulate<T, RB, 4>(p, ldp, v + d, ldv, keys, o + d, ldo, alpha, 0, ahead);
-    for (; d + VL <= dim; next(VL)) accumulate<T, RB, 1>(p, ldp, v + d, ldv, keys, o + d, ldo, alpha, 0, ahead);
+    for (; d + VL <= dim; next(VL))
+        accumulate<T, RB, 1>(p, ldp, v + d, ldv, keys, o + d, ldo, alpha, 0, ahead);
     if (d < dim) accumulate<T, RB, 1>(p, ldp, v + d, ldv, keys, o + d, ldo, alpha, (int)(dim - d), ahead);
 }
 
@@ -168,8 +171,9 @@ struct DecodeScratch {
     }
 };
 
-template <class T> class DecodeRun {
-public:
+template <class T>
+class DecodeRun {
+  public:
     DecodeRun(const Call& call, const Task& task, void* memory)
         : call_(call), a_(call.args), task_(task), x_(call, (float*)memory) {
         int64_t group = a_.num_heads / a_.num_kv_heads, kv_head = task.h / group;
@@ -184,12 +188,13 @@ public:
     void run() {
         begin();
         walk_item(call_, task_.item, [this](const Keys& k) {
-            for (int64_t n = 0; n < k.count; n += CHUNK) chunk(k, n, k.count - n < CHUNK ? k.count - n : CHUNK);
+            for (int64_t n = 0; n < k.count; n += CHUNK)
+                chunk(k, n, k.count - n < CHUNK ? k.count - n : CHUNK);
         });
         finish();
     }
 
-private:
+  private:
     typedef typename T::type type;
     static constexpr int64_t LDS = CHUNK + VL;
     static constexpr int PAIR = MAX_RB >= 2 ? 2 : 1;
@@ -203,8 +208,8 @@ private:
             x_.l[r] = 0.0f;
             if (r >= rows_) continue;
             RowPlace place = row_place(call_, task_, r);
-            const type* src = (const type*)a_.query + task_.b * a_.query_strides[0] + place.h * a_.query_strides[1] +
-                              place.row * a_.query_strides[2];
+            const type* src = (const type*)a_.query + task_.b * a_.query_strides[0] +
+                              place.h * a_.query_strides[1] + place.row * a_.query_strides[2];
             for (int64_t d = 0; d < a_.head_dim; ++d) x_.q[r * x_.ldq + d] = T::load1(src + d) * factor;
             if (task_.first_pass || task_.item[PA_ITEM_SLOT] >= 0) continue;
             float lse = call_.running_lse[(task_.b * a_.num_heads + place.h) * a_.seqlen_q + place.row];
@@ -237,18 +242,22 @@ private:
         }
         for (int64_t r = 0; r < rows_; ++r) softmax_row(k, n0, keys, r);
         int64_t left_keys = k.count - n0 - keys;
-        Ahead keys_ahead = rows_ahead(key + keys * ldk, ldk, left_keys < CHUNK ? left_keys : CHUNK, a_.head_dim);
+        Ahead keys_ahead =
+            rows_ahead(key + keys * ldk, ldk, left_keys < CHUNK ? left_keys : CHUNK, a_.head_dim);
         for (int64_t r = 0; r < rows_;) {
             int64_t left = rows_ - r;
             const float *p = x_.s + r * LDS, *alpha = x_.alpha + r;
             float* o = x_.o + r * x_.ldo;
             const Ahead& ahead = r == 0 ? keys_ahead : none;
             if (left >= 3 && MAX_RB >= 4)
-                accumulate_rows<T, MAX_RB>(p, LDS, value, ldv, keys, a_.head_dim_v, o, x_.ldo, alpha, ahead), r += MAX_RB;
+                accumulate_rows<T, MAX_RB>(p, LDS, value, ldv, keys, a_.head_dim_v, o, x_.ldo, alpha, ahead),
+                    r += MAX_RB;
             else if (left >= 2 && MAX_RB >= 2)
-                accumulate_rows<T, PAIR>(p, LDS, value, ldv, keys, a_.head_dim_v, o, x_.ldo, alpha, ahead), r += 2;
+                accumulate_rows<T, PAIR>(p, LDS, value, ldv, keys, a_.head_dim_v, o, x_.ldo, alpha, ahead),
+                    r += 2;
             else
-                accumulate_rows<T, 1>(p, LDS, value, ldv, keys, a_.head_dim_v, o, x_.ldo, alpha, ahead), r += 1;
+                accumulate_rows<T, 1>(p, LDS, value, ldv, keys, a_.head_dim_v, o, x_.ldo, alpha, ahead),
+                    r += 1;
         }
     }
 
@@ -284,7 +293,8 @@ private:
             for (int64_t n = 0; n < keys; n += VL)
                 storeu(s + n, vtanh(loadu(s + n) * (1.0f / a_.softcap)) * (a_.softcap * LOG2E));
         if (a_.alibi_slopes) {
-            float slope = a_.alibi_slopes[task_.b * a_.alibi_strides[0] + place.h * a_.alibi_strides[1]] * LOG2E;
+            float slope =
+                a_.alibi_slopes[task_.b * a_.alibi_strides[0] + place.h * a_.alibi_strides[1]] * LOG2E;
             for (int64_t n = 0; n < keys; ++n) {
                 int64_t distance = call_.plan->q_offset + place.row - (k.start + k.step * (n0 + n));
                 s[n] -= slope * (float)(distance < 0 ? -distance : distance);
@@ -295,7 +305,8 @@ private:
         int64_t offset = task_.b * strides[0] + place.h * strides[1] + place.row * strides[2];
         for (int64_t n = 0; n < keys; ++n) {
             int64_t at = offset + (k.start + k.step * (n0 + n)) * strides[3];
-            float x = a_.bias_dtype == PA_FLOAT32 ? ((const float*)a_.bias)[at] : T::load1((const type*)a_.bias + at);
+            float x = a_.bias_dtype == PA_FLOAT32 ? ((const float*)a_.bias)[at]
+                                                  : T::load1((const type*)a_.bias + at);
             float y = s[n] + x * LOG2E;
             s[n] = y < LOWEST && x >= LOWEST ? LOWEST : y;
         }
@@ -313,7 +324,8 @@ private:
             int32_t tile = same ? k.bits_same : k.bits_other;
             bool keep = tile == PA_BITS_FULL;
             if (tile >= 0) {
-                const uint32_t* words = plan->bits + ((int64_t)tile * plan->block_q + tile_row) * plan->words_per_row;
+                const uint32_t* words =
+                    plan->bits + ((int64_t)tile * plan->block_q + tile_row) * plan->words_per_row;
                 keep = (words[(n0 + n) / 32] >> ((n0 + n) % 32)) & 1;
             }
             if (!keep) s[n] = -__builtin_inff();
@@ -329,7 +341,8 @@ private:
             float* o = x_.o + r * x_.ldo;
             for (int64_t d = 0; d < a_.head_dim_v; ++d) o[d] *= factor;
             if (piece) {
-                memcpy(call_.slots + (slot * call_.slot_rows + r) * a_.head_dim_v, o, sizeof(float) * a_.head_dim_v);
+                memcpy(call_.slots + (slot * call_.slot_rows + r) * a_.head_dim_v, o,
+                       sizeof(float) * a_.head_dim_v);
                 call_.slot_lse[slot * call_.slot_rows + r] = lse;
             } else {
                 store_row(call_, task_, row_place(call_, task_, r), o, lse);
@@ -347,7 +360,9 @@ private:
     int32_t id_row_;
 };
 
-static int64_t decode_scratch(const Call& call) { return DecodeScratch(call, nullptr).floats * (int64_t)sizeof(float); }
+static int64_t decode_scratch(const Call& call) {
+    return DecodeScratch(call, nullptr).floats * (int64_t)sizeof(float);
+}
 
 static void decode_item(const Call& call, const Task& task, void* scratch) {
     if (call.args.dtype == PA_FLOAT32)

@@ -18,10 +18,11 @@ namespace cpu {
 namespace {
 
 constexpr int64_t MAX_HEAD_DIM = 256;
-constexpr double SERIAL_US = 200.0;          // below this much one-thread work a second thread costs more than it gives
-constexpr double FLOPS_PER_US = 5e4;         // rough one-thread speed, for that decision only
-constexpr int64_t MERGED_KEYS = 128;         // keys of neighbouring full tiles that are done at once
-constexpr int64_t DECODE_KEYS = 1 << 20;     // the decode kernel goes through a run in chunks of its own
+constexpr double SERIAL_US =
+    200.0;  // below this much one-thread work a second thread costs more than it gives
+constexpr double FLOPS_PER_US = 5e4;      // rough one-thread speed, for that decision only
+constexpr int64_t MERGED_KEYS = 128;      // keys of neighbouring full tiles that are done at once
+constexpr int64_t DECODE_KEYS = 1 << 20;  // the decode kernel goes through a run in chunks of its own
 
 int32_t fail(char* err, int64_t err_len, const char* format, ...) {
     if (err && err_len > 0) {
@@ -35,16 +36,18 @@ int32_t fail(char* err, int64_t err_len, const char* format, ...) {
 
 int32_t check_sizes(const pa_cpu_args& a, char* err, int64_t n) {
     if (a.struct_size != sizeof(pa_cpu_args) || a.abi_version != PA_ABI_VERSION)
-        return fail(err, n, "pa_cpu_args has size %u and ABI version %u; this library needs %u and %u", a.struct_size,
-                    a.abi_version, (unsigned)sizeof(pa_cpu_args), (unsigned)PA_ABI_VERSION);
-    if (a.dtype < PA_FLOAT32 || a.dtype > PA_BFLOAT16) return fail(err, n, "dtype is %d; allowed are 0, 1, 2", a.dtype);
+        return fail(err, n, "pa_cpu_args has size %u and ABI version %u; this library needs %u and %u",
+                    a.struct_size, a.abi_version, (unsigned)sizeof(pa_cpu_args), (unsigned)PA_ABI_VERSION);
+    if (a.dtype < PA_FLOAT32 || a.dtype > PA_BFLOAT16)
+        return fail(err, n, "dtype is %d; allowed are 0, 1, 2", a.dtype);
     if (a.bias && a.bias_dtype != a.dtype && a.bias_dtype != PA_FLOAT32)
-        return fail(err, n, "bias_dtype is %d; allowed are the query's %d and float32", a.bias_dtype, a.dtype);
+        return fail(err, n, "bias_dtype is %d; allowed are the query's %d and float32", a.bias_dtype,
+                    a.dtype);
     if (a.batch < 0 || a.num_heads < 0 || a.seqlen_q < 0 || a.seqlen_k < 0)
         return fail(err, n, "batch, num_heads and lengths must be >= 0");
     if (a.head_dim < 1 || a.head_dim > MAX_HEAD_DIM || a.head_dim_v < 1 || a.head_dim_v > MAX_HEAD_DIM)
-        return fail(err, n, "head_dim is %lld and head_dim_v %lld; both must be in 1..256", (long long)a.head_dim,
-                    (long long)a.head_dim_v);
+        return fail(err, n, "head_dim is %lld and head_dim_v %lld; both must be in 1..256",
+                    (long long)a.head_dim, (long long)a.head_dim_v);
     if (a.num_kv_heads < 1 || a.num_heads % a.num_kv_heads != 0)
         return fail(err, n, "num_heads %lld must be a multiple of num_kv_heads %lld", (long long)a.num_heads,
                     (long long)a.num_kv_heads);
@@ -60,20 +63,24 @@ int32_t check_plan(const Call& call, char* err, int64_t n) {
                     (long long)call.plan->seqlen_q, (long long)call.plan->seqlen_k, (long long)a.seqlen_q,
                     (long long)a.seqlen_k);
     if (a.kernel == PA_CPU_MAIN && call.plan->block_q % call.kernels->panel != 0)
-        return fail(err, n, "block_q is %d; on %s it must be a multiple of %d", call.plan->block_q, call.kernels->name,
-                    call.kernels->panel);
+        return fail(err, n, "block_q is %d; on %s it must be a multiple of %d", call.plan->block_q,
+                    call.kernels->name, call.kernels->panel);
     if ((call.plan->layout_batch != 1 && call.plan->layout_batch < a.batch + a.plan_batch) ||
         (call.plan->layout_heads != 1 && call.plan->layout_heads != a.num_heads))
-        return fail(err, n, "the plan has layouts for %d batches and %d heads, the tensors have %lld and %lld",
-                    call.plan->layout_batch, call.plan->layout_heads, (long long)a.batch, (long long)a.num_heads);
+        return fail(
+            err, n, "the plan has layouts for %d batches and %d heads, the tensors have %lld and %lld",
+            call.plan->layout_batch, call.plan->layout_heads, (long long)a.batch, (long long)a.num_heads);
     if (a.group_heads && (a.kernel != PA_CPU_DECODE || call.plan->layout_heads != 1))
         return fail(err, n, "group_heads needs the decode kernel and a mask that is the same for all heads");
     return 0;
 }
 
-int64_t items_heads(const Call& call) { return call.args.group_heads ? call.args.num_kv_heads : call.args.num_heads; }
+int64_t items_heads(const Call& call) {
+    return call.args.group_heads ? call.args.num_kv_heads : call.args.num_heads;
+}
 
-template <class X> bool allocate(X** out, int64_t count) {
+template <class X>
+bool allocate(X** out, int64_t count) {
     if (count <= 0) return true;
     *out = static_cast<X*>(take_memory((size_t)count * sizeof(X)));
     return *out != nullptr;
@@ -113,7 +120,8 @@ double mean_keys(const Call& call) {
     for (int64_t i = 0; i < call.schedule->total_items; ++i) {
         const int32_t* item = call.schedule->items + i * PA_ITEM_FIELDS;
         tiles += item[PA_ITEM_COST];
-        rows += item[PA_ITEM_NUM_ROWS] > 0 && (item[PA_ITEM_SLOT] < 0 || item[PA_ITEM_SLOT] == item[PA_ITEM_SLOT_FIRST]);
+        rows += item[PA_ITEM_NUM_ROWS] > 0 &&
+                (item[PA_ITEM_SLOT] < 0 || item[PA_ITEM_SLOT] == item[PA_ITEM_SLOT_FIRST]);
     }
     return rows > 0.0 ? tiles * call.plan->block_k / rows : 0.0;
 }
@@ -127,7 +135,8 @@ double estimate_us(const Call& call) {
     double heads = (double)a.batch * (double)items_heads(call) / std::max(call.schedule->num_layouts, 1);
     double rows = (double)std::min<int64_t>(a.seqlen_q, call.plan->block_q);
     if (a.kernel == PA_CPU_DECODE) rows *= 8.0;  // memory-bound: a key costs more there
-    return tiles * heads * rows * call.plan->block_k * 2.0 * (double)(a.head_dim + a.head_dim_v) / FLOPS_PER_US;
+    return tiles * heads * rows * call.plan->block_k * 2.0 * (double)(a.head_dim + a.head_dim_v) /
+           FLOPS_PER_US;
 }
 
 }  // namespace
@@ -157,12 +166,14 @@ int32_t Forward::init(const pa_cpu_args& args, char* err, int64_t err_len) {
     if (args.kernel == PA_CPU_MAIN) call.bits_by_key = portattn_plan_bits_by_key(args.plan);
     int64_t merged = args.kernel == PA_CPU_DECODE ? DECODE_KEYS : MERGED_KEYS;
     call.run_keys = std::max<int64_t>(merged / call.plan->block_k * call.plan->block_k, call.plan->block_k);
-    if (args.pack < PA_PACK_AUTO || args.pack > PA_PACK_TILES) return fail(err, err_len, "pack is %d; allowed are 0 to 3", args.pack);
+    if (args.pack < PA_PACK_AUTO || args.pack > PA_PACK_TILES)
+        return fail(err, err_len, "pack is %d; allowed are 0 to 3", args.pack);
     if (args.pack == PA_PACK_TILES && !call.kernels->packs_tiles)
         return fail(err, err_len, "pack is PA_PACK_TILES, which %s does not have", call.kernels->name);
     call.mean_keys = mean_keys(call);
     char* packed = nullptr;
-    if (!allocate(&packed, call.kernels->pack_bytes(call))) return fail(err, err_len, "out of memory for packed keys");
+    if (!allocate(&packed, call.kernels->pack_bytes(call)))
+        return fail(err, err_len, "out of memory for packed keys");
     call.packed = packed;
     if (!allocate_workspace(call)) return fail(err, err_len, "out of memory for the workspace");
     return 0;
@@ -186,22 +197,26 @@ void Forward::run_task(int32_t pass, int64_t index, void* scratch) const {
     const Call& call = *call_;
     if (call.packed && pass-- == 0) return call.kernels->pack_task(call, index);
     const pa_schedule_view* schedule = call.schedule;
-    // Groups of heads; within one all first items, then all second ones: longest first, keys still in the cache.
+    // Groups of heads; within one all first items, then all second ones: longest first, keys still in the
+    // cache.
     int64_t items = schedule->items_per_pass[pass], heads = items_heads(call), all = call.args.batch * heads;
     int64_t group = std::min<int64_t>(call.args.head_group, all), first = index / (items * group) * group;
     int64_t size = std::min(group, all - first), rest = index - first * items;
     Task task{};
     task.head_index = first + rest % size;
     task.b = task.head_index / heads;
-    task.h = task.head_index % heads * (call.args.group_heads ? call.args.num_heads / call.args.num_kv_heads : 1);
+    task.h =
+        task.head_index % heads * (call.args.group_heads ? call.args.num_heads / call.args.num_kv_heads : 1);
     const pa_plan_view* plan = call.plan;
-    int64_t layout = plan->layouts[(plan->layout_batch == 1 ? 0 : task.b + call.args.plan_batch) * plan->layout_heads +
-                                   (plan->layout_heads == 1 ? 0 : task.h)];
+    int64_t layout =
+        plan->layouts[(plan->layout_batch == 1 ? 0 : task.b + call.args.plan_batch) * plan->layout_heads +
+                      (plan->layout_heads == 1 ? 0 : task.h)];
     task.item = schedule->items + (schedule->item_ptr[pass] + layout * items + rest / size) * PA_ITEM_FIELDS;
     task.first_pass = pass == 0;
     task.last_pass = pass == schedule->num_passes - 1;
     if (task.item[PA_ITEM_NUM_ROWS] == 0) return;
-    (call.args.kernel == PA_CPU_DECODE ? call.kernels->decode_item : call.kernels->forward_item)(call, task, scratch);
+    (call.args.kernel == PA_CPU_DECODE ? call.kernels->decode_item : call.kernels->forward_item)(call, task,
+                                                                                                 scratch);
 }
 
 }  // namespace cpu

@@ -1,7 +1,8 @@
 // The main kernel: one schedule item, all of whose query rows sit in panels of W lanes.
-//   for each tile of keys, for each panel: S^T = K Q^T; score terms; mask; online softmax; O^T = alpha O^T + V^T P^T
-// (Dao et al., FlashAttention, 2022, algorithm 1, transposed). Keys and values are read in place with their strides,
-// stepped tiles too; half precision tiles are converted to float32 once per query tile.
+//   for each tile of keys, for each panel: S^T = K Q^T; score terms; mask; online softmax; O^T = alpha O^T +
+//   V^T P^T
+// (Dao et al., FlashAttention, 2022, algorithm 1, transposed). Keys and values are read in place with their
+// strides, stepped tiles too; half precision tiles are converted to float32 once per query tile.
 #pragma once
 #include "call.hpp"
 #include "layout.hpp"
@@ -14,7 +15,9 @@ namespace cpu {
 namespace PA_ISA {
 
 PA_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-PA_INLINE int64_t padded(int64_t dim) { return round_up(dim, 16) + 16; }  // row of a copied tile: no set conflicts
+PA_INLINE int64_t padded(int64_t dim) {
+    return round_up(dim, 16) + 16;
+}  // row of a copied tile: no set conflicts
 
 struct Scratch {
     float *q, *o, *m, *l, *s, *k, *v, *alpha, *line;
@@ -42,8 +45,9 @@ struct Scratch {
     }
 };
 
-template <class T> class ItemRun {
-public:
+template <class T>
+class ItemRun {
+  public:
     ItemRun(const Call& call, const Task& task, void* memory)
         : call_(call), a_(call.args), task_(task), item_(task.item), x_(call, (float*)memory) {
         int64_t kv_head = task.h / (a_.num_heads / a_.num_kv_heads);
@@ -62,7 +66,7 @@ public:
         finish();
     }
 
-protected:
+  protected:
     typedef typename T::type type;
 
     PanelRows rows_of(int64_t p) const {
@@ -72,8 +76,8 @@ protected:
 
     void begin(int64_t p) {
         PanelRows rows = rows_of(p);
-        pack_panel<T>(query_ + rows.q_start * a_.query_strides[2], rows.q_step * a_.query_strides[2], rows.count,
-                      a_.head_dim, query_factor_, x_.q + p * a_.head_dim * W);
+        pack_panel<T>(query_ + rows.q_start * a_.query_strides[2], rows.q_step * a_.query_strides[2],
+                      rows.count, a_.head_dim, query_factor_, x_.q + p * a_.head_dim * W);
         float *o = x_.o + p * a_.head_dim_v * W, *m = x_.m + p * W, *l = x_.l + p * W;
         for (int w = 0; w < W; ++w) m[w] = LOWEST, l[w] = 0.0f;
         if (task_.first_pass || item_[PA_ITEM_SLOT] >= 0) {
@@ -82,7 +86,8 @@ protected:
         }
         const float* lse = call_.running_lse + (task_.b * a_.num_heads + task_.h) * a_.seqlen_q;
         const int64_t* strides = call_.running_strides;
-        const float* running = call_.running + task_.b * strides[0] + task_.h * strides[1] + rows.q_start * strides[2];
+        const float* running =
+            call_.running + task_.b * strides[0] + task_.h * strides[1] + rows.q_start * strides[2];
         pack_panel<Float32>(running, rows.q_step * strides[2], rows.count, a_.head_dim_v, 1.0f, o);
         for (int64_t w = 0; w < rows.count; ++w) {
             float x = lse[rows.q_start + rows.q_step * w];
@@ -107,8 +112,8 @@ protected:
         }
     }
 
-    // Spreads the next tile's rows over the micro-kernel calls of this one: keys in the first product, values in the
-    // second.
+    // Spreads the next tile's rows over the micro-kernel calls of this one: keys in the first product, values
+    // in the second.
     void look_ahead(const Keys* next) {
         next_keys_ = next_values_ = Prefetch{nullptr, 0, 0, 0, 0, 0};
         if (!next) return;
@@ -116,9 +121,18 @@ protected:
         int64_t each = (next->count + calls - 1) / calls;
         const type* key = key_ + next->start * a_.key_strides[2];
         const type* value = value_ + next->start * a_.value_strides[2];
-        next_keys_ = Prefetch{(const char*)key, next->step * a_.key_strides[2] * size, next->count, a_.head_dim * size, 0, each};
-        next_values_ =
-            Prefetch{(const char*)value, next->step * a_.value_strides[2] * size, next->count, a_.head_dim_v * size, 0, each};
+        next_keys_ = Prefetch{(const char*)key,
+                              next->step * a_.key_strides[2] * size,
+                              next->count,
+                              a_.head_dim * size,
+                              0,
+                              each};
+        next_values_ = Prefetch{(const char*)value,
+                                next->step * a_.value_strides[2] * size,
+                                next->count,
+                                a_.head_dim_v * size,
+                                0,
+                                each};
     }
 
     void panels(const Keys& k, const float* key, int64_t ldk, const float* value, int64_t ldv) {
@@ -129,13 +143,14 @@ protected:
             Ids ids{};
             if (!full && !narrow(k, rows, &ids, &n0, &n1)) continue;
             int64_t count = n1 - n0;
-            scores_panel(x_.q + p * a_.head_dim * W, key + n0 * ldk, ldk, count, a_.head_dim, x_.s, next_keys_);
+            scores_panel(x_.q + p * a_.head_dim * W, key + n0 * ldk, ldk, count, a_.head_dim, x_.s,
+                         next_keys_);
             if (score_factor_ != 1.0f) scale_scores(x_.s, count, score_factor_);
             terms(x_.s, k, n0, count, rows);
             if (!full) mask(x_.s, k, n0, count, rows, ids);
             softmax_panel(x_.s, count, x_.m + p * W, x_.l + p * W, x_.alpha);
-            values_panel(x_.s, value + n0 * ldv, ldv, count, a_.head_dim_v, x_.o + p * a_.head_dim_v * W, x_.alpha,
-                         next_values_);
+            values_panel(x_.s, value + n0 * ldv, ldv, count, a_.head_dim_v, x_.o + p * a_.head_dim_v * W,
+                         x_.alpha, next_values_);
         }
     }
 
@@ -156,7 +171,8 @@ protected:
         return *n0 < *n1;
     }
 
-    void mask(float* s, const Keys& k, int64_t n0, int64_t count, const PanelRows& rows, const Ids& ids) const {
+    void mask(float* s, const Keys& k, int64_t n0, int64_t count, const PanelRows& rows,
+              const Ids& ids) const {
         if (ids.keys)
             apply_ids(s, count, call_, k, n0, rows.group, ids.rows, ids.keys);
         else
@@ -177,8 +193,8 @@ protected:
             add_bias<Float32>(s, count, (const float*)a_.bias + offset, rows.q_step * strides[2],
                               k.step * strides[3], rows.count, x_.line);
         else
-            add_bias<T>(s, count, (const type*)a_.bias + offset, rows.q_step * strides[2], k.step * strides[3],
-                        rows.count, x_.line);
+            add_bias<T>(s, count, (const type*)a_.bias + offset, rows.q_step * strides[2],
+                        k.step * strides[3], rows.count, x_.line);
     }
 
     // Normalises and stores: whole rows go to the output (or the running rows), pieces to their slot.
@@ -209,18 +225,23 @@ protected:
         int64_t head_row = (task_.b * a_.num_heads + task_.h) * a_.seqlen_q;
         if (!task_.last_pass) {
             const int64_t* strides = call_.running_strides;
-            float* out = call_.running + task_.b * strides[0] + task_.h * strides[1] + rows.q_start * strides[2];
+            float* out =
+                call_.running + task_.b * strides[0] + task_.h * strides[1] + rows.q_start * strides[2];
             unpack_panel<Float32>(o, factor, rows.count, a_.head_dim_v, out, rows.q_step * strides[2]);
-            for (int64_t w = 0; w < rows.count; ++w) call_.running_lse[head_row + rows.q_start + rows.q_step * w] = lse[w];
+            for (int64_t w = 0; w < rows.count; ++w)
+                call_.running_lse[head_row + rows.q_start + rows.q_step * w] = lse[w];
             return;
         }
-        for (int64_t w = 0; a_.sinks && w < rows.count; ++w) lse[w] = apply_sink(call_, task_.h, lse[w], factor + w);
+        for (int64_t w = 0; a_.sinks && w < rows.count; ++w)
+            lse[w] = apply_sink(call_, task_.h, lse[w], factor + w);
         const int64_t* strides = a_.output_strides;
-        type* out = (type*)a_.output + task_.b * strides[0] + task_.h * strides[1] + rows.q_start * strides[2];
+        type* out =
+            (type*)a_.output + task_.b * strides[0] + task_.h * strides[1] + rows.q_start * strides[2];
         unpack_panel<T>(o, factor, rows.count, a_.head_dim_v, out, rows.q_step * strides[2]);
         if (!a_.lse) return;
         float* dst = a_.lse + task_.b * a_.lse_strides[0] + task_.h * a_.lse_strides[1];
-        for (int64_t w = 0; w < rows.count; ++w) dst[(rows.q_start + rows.q_step * w) * a_.lse_strides[2]] = lse[w];
+        for (int64_t w = 0; w < rows.count; ++w)
+            dst[(rows.q_start + rows.q_step * w) * a_.lse_strides[2]] = lse[w];
     }
 
     const Call& call_;
@@ -236,7 +257,9 @@ protected:
     float query_factor_, score_factor_ = 1.0f;
 };
 
-static int64_t forward_scratch(const Call& call) { return Scratch(call, nullptr).floats * (int64_t)sizeof(float); }
+static int64_t forward_scratch(const Call& call) {
+    return Scratch(call, nullptr).floats * (int64_t)sizeof(float);
+}
 
 static void forward_item(const Call& call, const Task& task, void* scratch) {
     if (call.args.dtype == PA_FLOAT32)

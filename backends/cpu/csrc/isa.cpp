@@ -44,8 +44,8 @@ struct Entry {
 #if defined(__x86_64__)
 bool has_v2() { return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt"); }
 bool has_v3() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
-           __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
 }
 bool has_v4() {
     return has_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -66,7 +66,8 @@ bool has_amx() {
     return false;
 #endif
 }
-const Entry ENTRIES[] = {{&amx::kernels, has_amx}, {&v4::kernels, has_v4}, {&v3::kernels, has_v3}, {&v2::kernels, has_v2}};
+const Entry ENTRIES[] = {
+    {&amx::kernels, has_amx}, {&v4::kernels, has_v4}, {&v3::kernels, has_v3}, {&v2::kernels, has_v2}};
 #else
 bool always() { return true; }
 const Entry ENTRIES[] = {{&neon::kernels, always}};
@@ -90,10 +91,11 @@ const Kernels* kernels_in_use(char* err, int64_t err_len) {
     if (name && !*name) name = nullptr;
     kernels = find(name);
     if (!kernels) {
-        snprintf(err, (size_t)err_len,
-                 "PORTATTN_CPU_ISA is '%s', which this CPU or this build does not have; allowed are x86-64-v2, "
-                 "x86-64-v3, x86-64-v4, x86-64-v4+amx (by CPU) or neon on aarch64. Unset it to take the best one",
-                 name ? name : "");
+        snprintf(
+            err, (size_t)err_len,
+            "PORTATTN_CPU_ISA is '%s', which this CPU or this build does not have; allowed are x86-64-v2, "
+            "x86-64-v3, x86-64-v4, x86-64-v4+amx (by CPU) or neon on aarch64. Unset it to take the best one",
+            name ? name : "");
         return nullptr;
     }
     __atomic_store_n(&selected, kernels, __ATOMIC_RELEASE);

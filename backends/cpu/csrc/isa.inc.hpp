@@ -9,8 +9,8 @@ namespace portattn {
 namespace cpu {
 namespace PA_ISA {
 
-// Independent multiply-adds, enough to hide their latency. Named variables, because an array would live in memory;
-// the empty asm keeps the compiler from folding steps.
+// Independent multiply-adds, enough to hide their latency. Named variables, because an array would live in
+// memory; the empty asm keeps the compiler from folding steps.
 #if defined(__x86_64__)
 #define PA_KEEP(x) asm volatile("" : "+v"(x))
 #else

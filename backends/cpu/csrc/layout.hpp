@@ -35,7 +35,8 @@ static void pack_panel(const typename T::type* src, int64_t stride, int64_t rows
     }
 }
 
-template <class T> PA_INLINE void store_vector(typename T::type* p, vf v, int64_t count) {
+template <class T>
+PA_INLINE void store_vector(typename T::type* p, vf v, int64_t count) {
     if (count >= VL) {
         T::storev(p, v);
         return;
@@ -47,8 +48,8 @@ template <class T> PA_INLINE void store_vector(typename T::type* p, vf v, int64_
 
 // row w's element d = panel[d][w] * factor[w]; only the first `rows` rows.
 template <class T>
-static void unpack_panel(const float* panel, const float* factor, int64_t rows, int64_t dim, typename T::type* dst,
-                         int64_t stride) {
+static void unpack_panel(const float* panel, const float* factor, int64_t rows, int64_t dim,
+                         typename T::type* dst, int64_t stride) {
     for (int j = 0; j < NV; ++j) {
         int64_t first = j * VL, count = rows - first < VL ? rows - first : VL;
         if (count <= 0) return;
@@ -56,16 +57,19 @@ static void unpack_panel(const float* panel, const float* factor, int64_t rows, 
         for (int64_t d = 0; d < dim; d += VL) {
             vf t[VL];
 #pragma GCC unroll 16
-            for (int i = 0; i < VL; ++i) t[i] = d + i < dim ? load(panel + (d + i) * W + first) * scale : vf{};
+            for (int i = 0; i < VL; ++i)
+                t[i] = d + i < dim ? load(panel + (d + i) * W + first) * scale : vf{};
             transpose(t);
-            for (int64_t i = 0; i < count; ++i) store_vector<T>(dst + (first + i) * stride + d, t[i], dim - d);
+            for (int64_t i = 0; i < count; ++i)
+                store_vector<T>(dst + (first + i) * stride + d, t[i], dim - d);
         }
     }
 }
 
 // dst[n][0:dim] as float32, rows `ld` floats apart.
 template <class T>
-static void copy_rows(const typename T::type* src, int64_t stride, int64_t rows, int64_t dim, float* dst, int64_t ld) {
+static void copy_rows(const typename T::type* src, int64_t stride, int64_t rows, int64_t dim, float* dst,
+                      int64_t ld) {
     for (int64_t n = 0; n < rows; ++n) {
         const typename T::type* p = src + n * stride;
         float* q = dst + n * ld;

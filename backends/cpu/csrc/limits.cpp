@@ -50,7 +50,8 @@ extern "C" double portattn_cpu_measure_fma(int32_t threads, double seconds) {
     return best * 1e-9;
 }
 
-extern "C" double portattn_cpu_measure_read(const void* data, int64_t bytes, int32_t threads, int32_t repeats) {
+extern "C" double portattn_cpu_measure_read(const void* data, int64_t bytes, int32_t threads,
+                                            int32_t repeats) {
     char err[256];
     ReadWork work{};
     work.kernels = kernels_in_use(err, sizeof err);

@@ -11,8 +11,8 @@ namespace portattn {
 namespace cpu {
 namespace {
 
-constexpr size_t HEADER = 64;                 // in front of what the caller sees: the block's size
-constexpr size_t LARGEST_KEPT = 64u << 20;    // 4 blocks of at most this are kept
+constexpr size_t HEADER = 64;               // in front of what the caller sees: the block's size
+constexpr size_t LARGEST_KEPT = 64u << 20;  // 4 blocks of at most this are kept
 constexpr size_t HUGE_PAGE = 2u << 20;
 // Slots instead of a lock: a lock held by another thread at fork stays locked in the child.
 std::atomic<char*> kept[4];

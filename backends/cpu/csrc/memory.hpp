@@ -1,4 +1,5 @@
-// Memory of a call (cut rows, packed keys), kept for the next call: fresh pages cost as much as computing on them.
+// Memory of a call (cut rows, packed keys), kept for the next call: fresh pages cost as much as computing on
+// them.
 #pragma once
 #include <stddef.h>
 

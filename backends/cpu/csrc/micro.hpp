@@ -1,9 +1,10 @@
 // The two micro-kernels, with query rows in the vector lanes. Both are the same loop:
 //     acc[r][lane] += a[step][lane] * b(r, step)
-// with `a` a panel ([steps][W], aligned) and `b` scalars broadcast from user memory with any strides, so that keys
-// and values need no packing and any head_dim and tile length works without padding.
+// with `a` a panel ([steps][W], aligned) and `b` scalars broadcast from user memory with any strides, so that
+// keys and values need no packing and any head_dim and tile length works without padding.
 //   scores:  S^T[n][lane]  = sum over d of Q^T[d][lane] * K[n][d]          (r = key,      step = d)
-//   values:  O^T[d][lane] := alpha[lane] * O^T[d][lane] + sum over n of P^T[n][lane] * V[n][d]  (r = d, step = key)
+//   values:  O^T[d][lane] := alpha[lane] * O^T[d][lane] + sum over n of P^T[n][lane] * V[n][d]  (r = d, step
+//   = key)
 #pragma once
 #include "simd.hpp"
 
@@ -12,8 +13,8 @@ namespace cpu {
 namespace PA_ISA {
 
 template <int R>
-__attribute__((noinline)) static void scores_tile(const float* __restrict q, const float* __restrict k, int64_t ldk,
-                                                  int64_t head_dim, float* __restrict s) {
+__attribute__((noinline)) static void scores_tile(const float* __restrict q, const float* __restrict k,
+                                                  int64_t ldk, int64_t head_dim, float* __restrict s) {
     vf acc[R][NV];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
@@ -38,8 +39,9 @@ __attribute__((noinline)) static void scores_tile(const float* __restrict q, con
 }
 
 template <int R>
-__attribute__((noinline)) static void values_tile(const float* __restrict p, const float* __restrict v, int64_t ldv,
-                                                  int64_t keys, float* __restrict o, const float* __restrict alpha) {
+__attribute__((noinline)) static void values_tile(const float* __restrict p, const float* __restrict v,
+                                                  int64_t ldv, int64_t keys, float* __restrict o,
+                                                  const float* __restrict alpha) {
     vf acc[R][NV];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
@@ -72,14 +74,16 @@ typedef void (*scores_fn)(const float*, const float*, int64_t, int64_t, float*);
 typedef void (*values_fn)(const float*, const float*, int64_t, int64_t, float*, const float*);
 
 // Filled at compile time: this file must not run anything when the library is loaded.
-template <int R> struct Tables {
+template <int R>
+struct Tables {
     static constexpr void fill(scores_fn* s, values_fn* v) {
         s[R] = scores_tile<R>;
         v[R] = values_tile<R>;
         Tables<R - 1>::fill(s, v);
     }
 };
-template <> struct Tables<0> {
+template <>
+struct Tables<0> {
     static constexpr void fill(scores_fn*, values_fn*) {}
 };
 
@@ -90,10 +94,10 @@ struct MicroKernels {
 };
 static constexpr MicroKernels micro;
 
-// Cache lines to bring into the level-2 cache, some at each call of a micro-kernel: tiles that are not neighbours
-// would else come from level 3 with the latency of every line.
+// Cache lines to bring into the level-2 cache, some at each call of a micro-kernel: tiles that are not
+// neighbours would else come from level 3 with the latency of every line.
 struct Prefetch {
-    const char* data;                       // null: nothing
+    const char* data;                        // null: nothing
     int64_t stride, rows, bytes, row, each;  // each: rows at one call
 
     void step() {
@@ -103,10 +107,10 @@ struct Prefetch {
     }
 };
 
-// Rows of a remainder are spread evenly over the calls: 64 = 4*11 + 2*10, not 5*12 + 4, because few accumulators
-// do not hide the latency of a multiply-add.
-PA_INLINE void scores_panel(const float* q, const float* k, int64_t ldk, int64_t keys, int64_t head_dim, float* s,
-                            Prefetch& ahead) {
+// Rows of a remainder are spread evenly over the calls: 64 = 4*11 + 2*10, not 5*12 + 4, because few
+// accumulators do not hide the latency of a multiply-add.
+PA_INLINE void scores_panel(const float* q, const float* k, int64_t ldk, int64_t keys, int64_t head_dim,
+                            float* s, Prefetch& ahead) {
     int64_t calls = (keys + MR - 1) / MR;
     for (int64_t n = 0; calls > 0; --calls) {
         int64_t rows = (keys - n + calls - 1) / calls;
@@ -116,8 +120,8 @@ PA_INLINE void scores_panel(const float* q, const float* k, int64_t ldk, int64_t
     }
 }
 
-PA_INLINE void values_panel(const float* p, const float* v, int64_t ldv, int64_t keys, int64_t head_dim_v, float* o,
-                            const float* alpha, Prefetch& ahead) {
+PA_INLINE void values_panel(const float* p, const float* v, int64_t ldv, int64_t keys, int64_t head_dim_v,
+                            float* o, const float* alpha, Prefetch& ahead) {
     int64_t calls = (head_dim_v + MR - 1) / MR;
     for (int64_t d = 0; calls > 0; --calls) {
         int64_t columns = (head_dim_v - d + calls - 1) / calls;

@@ -42,9 +42,11 @@ float* running_lse(const Call& call, const Task& task, RowPlace place) {
     return call.running_lse + (task.b * call.args.num_heads + place.h) * call.args.seqlen_q + place.row;
 }
 
-void store_output(const Call& call, const Task& task, RowPlace place, const float* o, float factor, float lse) {
+void store_output(const Call& call, const Task& task, RowPlace place, const float* o, float factor,
+                  float lse) {
     const pa_cpu_args& a = call.args;
-    int64_t at = task.b * a.output_strides[0] + place.h * a.output_strides[1] + place.row * a.output_strides[2];
+    int64_t at =
+        task.b * a.output_strides[0] + place.h * a.output_strides[1] + place.row * a.output_strides[2];
     if (a.dtype == PA_FLOAT32) {
         float* out = static_cast<float*>(a.output) + at;
         for (int64_t d = 0; d < a.head_dim_v; ++d) out[d] = o[d] * factor;
@@ -53,7 +55,8 @@ void store_output(const Call& call, const Task& task, RowPlace place, const floa
         for (int64_t d = 0; d < a.head_dim_v; ++d)
             out[d] = a.dtype == PA_FLOAT16 ? to_half(o[d] * factor) : to_bfloat16(o[d] * factor);
     }
-    if (a.lse) a.lse[task.b * a.lse_strides[0] + place.h * a.lse_strides[1] + place.row * a.lse_strides[2]] = lse;
+    if (a.lse)
+        a.lse[task.b * a.lse_strides[0] + place.h * a.lse_strides[1] + place.row * a.lse_strides[2]] = lse;
 }
 
 }  // namespace
@@ -87,7 +90,8 @@ void store_row(const Call& call, const Task& task, RowPlace place, const float* 
 }
 
 bool arrive_last(const Call& call, const Task& task) {
-    int32_t* counter = call.counters + task.head_index * call.schedule->num_counters + task.item[PA_ITEM_COUNTER];
+    int32_t* counter =
+        call.counters + task.head_index * call.schedule->num_counters + task.item[PA_ITEM_COUNTER];
     if (__atomic_add_fetch(counter, 1, __ATOMIC_ACQ_REL) != task.item[PA_ITEM_NUM_PIECES]) return false;
     __atomic_store_n(counter, 0, __ATOMIC_RELAXED);
     return true;

@@ -1,6 +1,6 @@
-// Vectors of float32 for one instruction set. Included by the isa_*.cpp files only; PA_ISA is their namespace.
-// Nothing of the C++ standard library may be used here: an inline function of it, compiled for AVX-512 and
-// merged by the linker, would crash older CPUs.
+// Vectors of float32 for one instruction set. Included by the isa_*.cpp files only; PA_ISA is their
+// namespace. Nothing of the C++ standard library may be used here: an inline function of it, compiled for
+// AVX-512 and merged by the linker, would crash older CPUs.
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -13,8 +13,8 @@ namespace portattn {
 namespace cpu {
 namespace PA_ISA {
 
-// VL floats in a vector, NV vectors in a panel, MR rows in a micro-kernel: MR*NV accumulators, NV operands and a
-// broadcast must fit the register file (32 for AVX-512 and NEON, else 16).
+// VL floats in a vector, NV vectors in a panel, MR rows in a micro-kernel: MR*NV accumulators, NV operands
+// and a broadcast must fit the register file (32 for AVX-512 and NEON, else 16).
 #if defined(__AVX512F__)
 constexpr int VL = 16, NV = 2, MR = 12;
 #elif defined(__AVX2__)
@@ -189,7 +189,8 @@ struct Half {
     PA_INLINE void store1(uint16_t* p, float x) { *p = float_to_half(x); }
     PA_INLINE void storev(uint16_t* p, vf v) {
 #if defined(__AVX512F__)
-        _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+        _mm256_storeu_si256((__m256i*)p,
+                            _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(__F16C__)
         _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #else
@@ -199,14 +200,16 @@ struct Half {
 };
 
 // The first `count` < VL elements, zeros behind them.
-template <class T> PA_INLINE vf load_part(const typename T::type* p, int count) {
+template <class T>
+PA_INLINE vf load_part(const typename T::type* p, int count) {
     float t[VL] __attribute__((aligned(64))) = {0};
     for (int i = 0; i < count; ++i) t[i] = T::load1(p + i);
     return load(t);
 }
 
 // In-place transpose of VL vectors, by log2(VL) rounds of pairwise shuffles.
-template <int H> PA_INLINE void transpose_round(vf* v) {
+template <int H>
+PA_INLINE void transpose_round(vf* v) {
     vi low, high;
     for (int i = 0; i < VL; ++i) {
         low[i] = (i & H) ? (i ^ H) + VL : i;

@@ -28,11 +28,12 @@ static void add_softcap(float* s, int64_t keys, float softcap) {
     for (int64_t i = 0; i < keys * W; i += VL) store(s + i, vtanh(load(s + i) * inverse) * factor);
 }
 
-static void add_alibi(float* s, int64_t keys, const Keys& k, int64_t n0, const PanelRows& rows, int64_t q_offset,
-                      float slope) {
+static void add_alibi(float* s, int64_t keys, const Keys& k, int64_t n0, const PanelRows& rows,
+                      int64_t q_offset, float slope) {
     vi lanes[NV];
     for (int j = 0; j < NV; ++j)
-        for (int i = 0; i < VL; ++i) lanes[j][i] = (int32_t)(q_offset + rows.q_start + rows.q_step * (j * VL + i));
+        for (int i = 0; i < VL; ++i)
+            lanes[j][i] = (int32_t)(q_offset + rows.q_start + rows.q_step * (j * VL + i));
     float factor = slope * LOG2E;
     for (int64_t n = 0; n < keys; ++n) {
         int32_t key = (int32_t)(k.start + k.step * (n0 + n));
@@ -47,8 +48,8 @@ static void add_alibi(float* s, int64_t keys, const Keys& k, int64_t n0, const P
 
 // bias: element (row 0 of the panel, key n0). Finite values are kept finite: finfo.min times log2(e) is -inf.
 template <class B>
-static void add_bias(float* s, int64_t keys, const typename B::type* bias, int64_t row_stride, int64_t key_stride,
-                     int64_t rows, float* line) {
+static void add_bias(float* s, int64_t keys, const typename B::type* bias, int64_t row_stride,
+                     int64_t key_stride, int64_t rows, float* line) {
     for (int64_t n = 0; n < keys; ++n) {
         const typename B::type* p = bias + n * key_stride;
         for (int64_t w = 0; w < rows; ++w) line[w] = B::load1(p + w * row_stride);
@@ -106,7 +107,8 @@ static void apply_ids(float* s, int64_t keys, const Call& call, const Keys& k, i
     for (int j = 0; j < NV; ++j) {
         const uint16_t* same = group_bits(call, k.bits_same, group + j * VL / 16);
         const uint16_t* other = group_bits(call, k.bits_other, group + j * VL / 16);
-        int32_t same_all = k.bits_same == PA_BITS_FULL ? 0xffff : 0, other_all = k.bits_other == PA_BITS_FULL ? 0xffff : 0;
+        int32_t same_all = k.bits_same == PA_BITS_FULL ? 0xffff : 0,
+                other_all = k.bits_other == PA_BITS_FULL ? 0xffff : 0;
         vi lanes = lane_bits(j * VL % 16), rows;
         memcpy(&rows, ids + j * VL, sizeof(vi));
         for (int64_t n = 0; n < keys; ++n) {

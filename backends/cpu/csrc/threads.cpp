@@ -17,8 +17,8 @@ namespace {
 
 constexpr int32_t MAX_SHARES = 64;
 
-// Each thread has a share of neighbouring indices (heads whose keys then stay in its own cache, from call to call
-// as well), and helps the others when it is done.
+// Each thread has a share of neighbouring indices (heads whose keys then stay in its own cache, from call to
+// call as well), and helps the others when it is done.
 struct Work {
     void (*fn)(void*, int64_t);
     void* context;
@@ -50,7 +50,7 @@ struct Work {
 
 // Threads that sleep until a call comes; one call at a time, others run alone.
 class Pool {
-public:
+  public:
     void run(Work& work, int32_t threads) {
         std::unique_lock<std::mutex> owner(busy_, std::try_to_lock);
         if (!owner.owns_lock()) {
@@ -75,7 +75,7 @@ public:
         work_ = nullptr;
     }
 
-private:
+  private:
     void loop(int32_t id) {
         uint64_t seen = 0;
         std::unique_lock<std::mutex> lock(mutex_);
@@ -130,7 +130,8 @@ OpenMp find_openmp() {
     return found;
 }
 
-// Looked up at the first call: from Python torch is loaded by then, in ONNX Runtime the caller has its own threads.
+// Looked up at the first call: from Python torch is loaded by then, in ONNX Runtime the caller has its own
+// threads.
 const OpenMp& openmp() {
     static const OpenMp found = find_openmp();
     return found;

@@ -13,9 +13,10 @@ struct Keys {
     bool full() const { return bits_same == PA_BITS_FULL && bits_other == PA_BITS_FULL; }
 };
 
-// Calls visit(Keys, const Keys* next) for each partial tile and for each run of at most call.run_keys keys of full
-// tiles; `next` is what comes after it, null at the end.
-template <class Visit> static inline void walk_ahead(const Call& call, const int32_t* item, Visit visit) {
+// Calls visit(Keys, const Keys* next) for each partial tile and for each run of at most call.run_keys keys of
+// full tiles; `next` is what comes after it, null at the end.
+template <class Visit>
+static inline void walk_ahead(const Call& call, const int32_t* item, Visit visit) {
     int64_t block_k = call.plan->block_k, seqlen_k = call.args.seqlen_k;
     Keys pending{0, 1, 0, 0, 0};
     auto send = [&](int64_t start, int64_t step, int64_t count, int32_t same, int32_t other) {
@@ -46,13 +47,15 @@ template <class Visit> static inline void walk_ahead(const Call& call, const int
             send(first + step * n, step, total - n < call.run_keys ? total - n : call.run_keys, PA_BITS_FULL,
                  PA_BITS_FULL);
     } else {
-        for (int64_t e = 0; e < count; ++e) send(first + e * stride, step, block_k, PA_BITS_FULL, PA_BITS_FULL);
+        for (int64_t e = 0; e < count; ++e)
+            send(first + e * stride, step, block_k, PA_BITS_FULL, PA_BITS_FULL);
     }
     if (pending.count > 0) visit(pending, static_cast<const Keys*>(nullptr));
 }
 
 // The same without looking ahead: visit(Keys).
-template <class Visit> static inline void walk_item(const Call& call, const int32_t* item, Visit visit) {
+template <class Visit>
+static inline void walk_item(const Call& call, const int32_t* item, Visit visit) {
     walk_ahead(call, item, [&](const Keys& keys, const Keys*) { visit(keys); });
 }
 

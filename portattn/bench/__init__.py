@@ -1,0 +1,1 @@
+"""Measurements: behind `portattn demo` and the scripts in benchmarks/."""
