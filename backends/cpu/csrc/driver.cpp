@@ -160,7 +160,7 @@ double estimate_us(const Call& call) {
         tiles += call.schedule->items[i * PA_ITEM_FIELDS + PA_ITEM_COST];
     double heads = (double)a.batch * (double)items_heads(call) / std::max(call.schedule->num_layouts, 1);
     double rows = (double)std::min<int64_t>(a.seqlen_q, call.plan->block_q);
-    if (a.kernel == PA_CPU_DECODE) rows *= 8.0;  // memory-bound: a key costs more there
+    if (a.kernel == PA_CPU_DECODE) rows *= 12.0;  // memory-bound: a key costs more there
     return tiles * heads * rows * call.plan->block_k * 2.0 * (double)(a.head_dim + a.head_dim_v) /
            FLOPS_PER_US;
 }
