@@ -71,7 +71,7 @@ def is_sparse(program: Sequence[int]) -> bool:
 # tiles that do not spill.
 _Shape = tuple[int, int, int, int, bool]
 _WGMMA_DENSE: dict[int, tuple[_Shape, ...]] = {
-    64: ((128, 128, 4, 2, True), (64, 128, 4, 3, True)),
+    64: ((64, 128, 4, 3, True),),
     128: ((128, 128, 8, 3, True), (128, 64, 8, 2, True)),
     256: ((128, 64, 8, 2, True), (64, 64, 4, 2, True)),
 }
@@ -129,9 +129,9 @@ def default_for(problem: AttentionProblem, limits: DeviceLimits) -> TritonForwar
             block_k,
             num_warps,
             num_stages,
-            # Few of a dense row's tiles are partial: their loop is not worth shared memory. Among
-            # sparse ones, a third stage less lets 64x64 tiles fit twice on an H100.
-            min(num_stages, 2) if is_sparse(problem.program) else 1,
+            # Few of a dense row's tiles are partial: their loop is not worth shared memory that
+            # TMA tiles need. Among sparse ones, a third stage less lets 64x64 tiles fit twice.
+            1 if tma and not is_sparse(problem.program) else min(num_stages, 2),
             tma and limits.has_tma,
             head_group,
         )
