@@ -8,7 +8,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 BAND = 1
+KEY_RANGE = 2
+QUERY_RANGE = 3
+KEY_MODULO = 4
+DIFF_MODULO = 5
 BLOCK_BAND = 6
+KEY_SET = 7
+QUERY_SET = 8
 RANDOM_BLOCKS = 9
 BLOCK_TABLE = 10
 

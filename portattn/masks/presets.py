@@ -207,7 +207,8 @@ def documents(cu_seqlens: TensorLike) -> Mask:
             f"cu_seqlens is {describe(ends)}; it must have at least 2 values, start at 0, never "
             "fall, and stay below 2**31: pass the running sum of the documents' lengths from 0"
         )
-    return Segments(np.repeat(np.arange(values.size - 1), np.diff(values)))
+    ids = np.arange(values.size - 1, dtype=np.int32)
+    return Segments(np.repeat(ids, np.diff(values)))
 
 
 def padding(lengths: TensorLike) -> Mask:

@@ -130,7 +130,14 @@ def _known_digest(tensor: torch.Tensor) -> str | None:
 def _content_digest(tensor: torch.Tensor) -> str:
     hasher = hashlib.blake2b(digest_size=16)
     hasher.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    hasher.update(tensor.numpy().reshape(-1).view(np.uint8).data)
+    values = tensor.numpy().reshape(-1)
+    # Ids of documents come in runs, which are found ten times faster than all of them are hashed.
+    last = np.flatnonzero(values[1:] != values[:-1])
+    if last.size * 16 < values.size:
+        hasher.update(b"runs")
+        hasher.update(last.tobytes())
+        values = values[np.append(last, values.size - 1)]
+    hasher.update(values.view(np.uint8).data)
     return hasher.hexdigest()
 
 

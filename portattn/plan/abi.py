@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from ctypes import POINTER, c_int32, c_int64, c_uint16, c_uint32, c_void_p
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 
@@ -40,6 +40,8 @@ BITS_FULL = -1
 BITS_EMPTY = -2
 
 Int32Array = np.ndarray[Any, np.dtype[np.int32]]
+# Arrays by name: (address, shape); the address means nothing where the shape has a 0.
+NativeArrays: TypeAlias = dict[str, tuple[int, tuple[int, ...]]]
 
 
 class Array(ctypes.Structure):

@@ -1,29 +1,32 @@
-"""Plans and schedules on a device: one pinned copy each, ordered between streams by an event."""
+"""Plans and schedules on a device: one pinned copy, ordered between streams by an event."""
 
 from __future__ import annotations
 
+import ctypes
+import math
+from itertools import islice
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from portattn.errors import MaskError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import torch
 
+    from portattn.plan.abi import NativeArrays
     from portattn.plan.plan import Plan
     from portattn.plan.schedule import Schedule
 
 # Arrays start at multiples of 128 bytes, so that wide loads are aligned.
-_ALIGN = 32
+_ALIGN_BYTES = 128
 
 
-class _Upload:
-    """Several int32 arrays in one tensor on a device."""
+class _Copy:
+    """Native int32 arrays in one tensor on a device, copied without waiting."""
 
-    def __init__(self, arrays: Mapping[str, np.ndarray[Any, Any]], device: torch.device) -> None:
+    def __init__(self, arrays: Sequence[tuple[int, int]], device: torch.device) -> None:
+        """Copy (address, count) arrays; `starts` has where each begins, in int32 elements."""
         import torch
 
         on_gpu = device.type == "cuda"
@@ -32,25 +35,30 @@ class _Upload:
                 "a plan was needed for the first time while a CUDA graph is being captured. Call "
                 "attention once with these lengths before the capture, or plan.to(device)"
             )
-        starts, total = {}, 0
-        for name, array in arrays.items():
-            starts[name] = total
+        starts, total = [], 0
+        for _, count in arrays:
+            starts.append(total // 4)
             # An empty array still gets a place, so that its pointer is valid.
-            total += -(-max(array.size, 1) // _ALIGN) * _ALIGN
-        host = torch.zeros(total, dtype=torch.int32, pin_memory=on_gpu)
-        buffer = host.numpy()
-        for name, array in arrays.items():
-            buffer[starts[name] : starts[name] + array.size] = array.reshape(-1).view(np.int32)
-        self.buffer = host.to(device, non_blocking=True)
-        self._host = host  # alive until the copy is done
-        self._stream = torch.cuda.current_stream(device) if on_gpu else None
-        self._event = self._stream.record_event() if self._stream is not None else None
-        self._views = {
-            name: self.buffer[starts[name] : starts[name] + max(array.size, 1)].view(
-                array.shape if array.size else (1,) * array.ndim
-            )
-            for name, array in arrays.items()
-        }
+            total += -(-max(4 * count, 4) // _ALIGN_BYTES) * _ALIGN_BYTES
+        # Torch keeps pinned memory for reuse, and not before the copy out of it is done.
+        host = torch.empty(total // 4, dtype=torch.int32, pin_memory=on_gpu)
+        target = host.data_ptr()
+        for start, (address, count) in zip(starts, arrays, strict=True):
+            if count:
+                ctypes.memmove(target + 4 * start, address, 4 * count)
+        self.starts = starts
+        self._device_index = -1
+        self._event: torch.cuda.Event | None = None
+        self._ordered: set[int] = set()
+        if not on_gpu:
+            self.buffer = host if device.type == "cpu" else host.to(device)
+        else:
+            self.buffer = host.to(device, non_blocking=True)
+            self._device_index = self.buffer.get_device()
+            stream = torch.cuda.current_stream(self._device_index)
+            self._event = stream.record_event()
+            self._ordered.add(stream.cuda_stream)
+        self.address = self.buffer.data_ptr()
 
     def use(self) -> bool:
         """Make the current stream wait for the copy; True while a CUDA graph is being captured."""
@@ -58,45 +66,98 @@ class _Upload:
             return False
         import torch
 
-        current = torch.cuda.current_stream(self.buffer.device)
-        capturing = bool(torch.cuda.is_current_stream_capturing())
+        capturing = bool(torch._C._cuda_isCurrentStreamCapturing())
         # In a capture the copy is long done: a foreign event must not be recorded into the graph.
-        if current != self._stream and not capturing:
-            current.wait_event(self._event)
+        if not capturing:
+            stream = torch._C._cuda_getCurrentRawStream(self._device_index)
+            if stream not in self._ordered:
+                current = torch.cuda.current_stream(self._device_index)
+                current.wait_event(self._event)
+                # Else the memory of a dropped plan could be handed out under this stream's work.
+                self.buffer.record_stream(current)
+                self._ordered.add(stream)
         return capturing
 
+
+class _Arrays:
+    """Part of a copy: int32 tensors by name, made when they are asked for."""
+
+    def __init__(self, copy: _Copy, places: Mapping[str, tuple[int, tuple[int, ...]]]) -> None:
+        self._copy, self._places = copy, places
+
+    @property
+    def buffer(self) -> torch.Tensor:
+        """The memory that all arrays lie in."""
+        return self._copy.buffer
+
+    def use(self) -> bool:
+        """Make the current stream wait for the copy; True while a CUDA graph is being captured."""
+        return self._copy.use()
+
+    def address(self, name: str) -> int:
+        """Where an array starts in the device's memory; valid for an empty one too."""
+        return self._copy.address + 4 * self._places[name][0]
+
     def __getattr__(self, name: str) -> torch.Tensor:
-        views: dict[str, torch.Tensor] = self.__dict__.get("_views", {})
-        if name in views:
-            return views[name]
-        raise AttributeError(name)
+        places: Mapping[str, Any] = self.__dict__.get("_places", {})
+        if name not in places:
+            raise AttributeError(name)
+        start, shape = places[name]
+        size = math.prod(shape)
+        view = self.buffer[start : start + max(size, 1)]
+        view = view.view(shape if size else (1,) * len(shape))
+        self.__dict__[name] = view
+        return view
 
 
-class DevicePlan(_Upload):
+class DevicePlan(_Arrays):
     """A plan's arrays as int32 tensors, under the plan's names."""
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
-        """Copy the plan's arrays to the device."""
-        names = [
-            "layouts",
-            "layout_ids",
-            "pass_steps",
-            "row_ptr",
-            "rows",
-            "tiles",
-            "runs",
-            "bits",
-            "bit_ranges",
-            "q_ids",
-            "k_ids",
-        ]
-        super().__init__({name: getattr(plan, name) for name in names}, device)
 
-
-class DeviceSchedule(_Upload):
+class DeviceSchedule(_Arrays):
     """A schedule's arrays as int32 tensors, under the schedule's names."""
 
-    def __init__(self, schedule: Schedule, device: torch.device) -> None:
-        """Copy the schedule's arrays to the device."""
-        names = ["items", "item_ptr", "items_per_pass", "full_list"]
-        super().__init__({name: getattr(schedule, name) for name in names}, device)
+
+def copy_arrays(
+    groups: Sequence[NativeArrays], device: torch.device
+) -> list[tuple[_Copy, dict[str, tuple[int, tuple[int, ...]]]]]:
+    """Groups of arrays in one copy: what `DevicePlan` and `DeviceSchedule` are made of.
+
+    Raises:
+        MaskError: a CUDA graph is being captured.
+    """
+    # Arrays that share their memory (ids that are the same for rows and keys) are copied once.
+    sources: dict[tuple[int, int], int] = {}
+    places = []
+    for group in groups:
+        for name, (address, shape) in group.items():
+            size = math.prod(shape)
+            source = (address, size) if size else (0, 0)
+            places.append((name, sources.setdefault(source, len(sources)), shape))
+    copy = _Copy(list(sources), device)
+    found = iter(places)
+    return [
+        (
+            copy,
+            {
+                name: (copy.starts[index], shape)
+                for name, index, shape in islice(found, len(group))
+            },
+        )
+        for group in groups
+    ]
+
+
+def to_device(
+    plan: Plan, schedule: Schedule, device: torch.device
+) -> tuple[DevicePlan, DeviceSchedule]:
+    """A plan and one of its schedules on a device, in one copy if neither is there yet.
+
+    Raises:
+        MaskError: they are not there yet while a CUDA graph is being captured.
+    """
+    if not plan.is_on(device) and not schedule.is_on(device):
+        for_plan, for_schedule = copy_arrays((plan.arrays(), schedule.arrays()), device)
+        plan.keep_on(device, DevicePlan(*for_plan))
+        schedule.keep_on(device, DeviceSchedule(*for_schedule))
+    return plan.to(device), schedule.to(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -12,16 +13,17 @@ import numpy as np
 from portattn import native
 from portattn.errors import MaskError
 from portattn.plan import abi
-from portattn.plan.device import DevicePlan
+from portattn.plan.device import DevicePlan, copy_arrays
 from portattn.plan.schedule import Schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Hashable, Sequence
 
     import torch
 
 
 _MAX_DENSE_ELEMENTS = 1 << 28
+_MAX_CALLS = 64
 
 
 class Plan:
@@ -40,6 +42,8 @@ class Plan:
         bit_ranges: int32 [num_bit_tiles, ceil(block_q / 16), 2].
         q_ids: int32 [num_id_rows, seqlen_q]; k_ids: int32 [num_id_rows, seqlen_k].
         transposed: rows are key tiles, for dK and dV.
+        calls: what backends keep for calls that they have seen, by their own keys (`keep_call`).
+        captured: a CUDA graph reads it: it is never dropped from the cache.
         handle: address of the native plan, for kernels in libportattn.
     """
 
@@ -58,23 +62,40 @@ class Plan:
         self.layout_batch, self.layout_heads = view.layout_batch, view.layout_heads
         self.num_id_rows = view.num_id_rows
         self.has_steps, self.transposed = bool(view.has_steps), bool(view.transposed)
-        panels = -(-self.block_q // 16)
-        self.layouts = abi.as_numpy(view.layouts, (self.layout_batch, self.layout_heads))
-        self.layout_ids = abi.as_numpy(view.layout_ids, (self.num_layouts,))
-        self.pass_steps = abi.as_numpy(view.pass_steps, (self.num_passes,))
-        self.row_ptr = abi.as_numpy(view.row_ptr, (self.num_passes * self.num_layouts + 1,))
-        self.rows = abi.as_numpy(view.rows, (self.num_rows, 6))
-        self.tiles = abi.as_numpy(view.tiles, (self.num_tiles, 4))
-        self.runs = abi.as_numpy(view.runs, (self.num_runs, 4))
-        bits_shape = (self.num_bit_tiles, self.block_q, self.words_per_row)
-        self.bits = abi.as_numpy(view.bits, bits_shape).view(np.uint32)
-        self.bit_ranges = abi.as_numpy(view.bit_ranges, (self.num_bit_tiles, panels, 2))
-        self.q_ids = abi.as_numpy(view.q_ids, (self.num_id_rows, self.seqlen_q))
-        self.k_ids = abi.as_numpy(view.k_ids, (self.num_id_rows, self.seqlen_k))
+        shapes = {
+            "layouts": (self.layout_batch, self.layout_heads),
+            "layout_ids": (self.num_layouts,),
+            "pass_steps": (self.num_passes,),
+            "row_ptr": (self.num_passes * self.num_layouts + 1,),
+            "rows": (self.num_rows, 6),
+            "tiles": (self.num_tiles, 4),
+            "runs": (self.num_runs, 4),
+            "bits": (self.num_bit_tiles, self.block_q, self.words_per_row),
+            "bit_ranges": (self.num_bit_tiles, -(-self.block_q // 16), 2),
+            "q_ids": (self.num_id_rows, self.seqlen_q),
+            "k_ids": (self.num_id_rows, self.seqlen_k),
+        }
+        self._arrays: abi.NativeArrays = {
+            name: (getattr(view, name) or 0, shape) for name, shape in shapes.items()
+        }
         self._lock = threading.Lock()
         self._schedules: dict[tuple[int, ...], Schedule] = {}
         self._on_device: dict[torch.device, DevicePlan] = {}
+        self.calls: dict[Hashable, object] = {}
         self.captured = False
+
+    # Making the arrays takes longer than planning most masks; a call needs few of them.
+    def __getattr__(self, name: str) -> np.ndarray[Any, np.dtype[Any]]:
+        arrays: abi.NativeArrays = self.__dict__.get("_arrays", {})
+        if name not in arrays:
+            raise AttributeError(f"Plan has no attribute {name!r}")
+        made: np.ndarray[Any, np.dtype[Any]] = abi.as_numpy(*arrays[name])
+        self.__dict__[name] = made = made.view(np.uint32) if name == "bits" else made
+        return made
+
+    def arrays(self) -> abi.NativeArrays:
+        """Address and shape of every array, in the library's memory."""
+        return self._arrays
 
     @classmethod
     def create(
@@ -132,16 +153,7 @@ class Plan:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        arrays = (
-            self.layouts,
-            self.layout_ids,
-            self.pass_steps,
-            self.row_ptr,
-            self.rows,
-            self.tiles,
-        )
-        more = (self.runs, self.bits, self.bit_ranges, self.q_ids, self.k_ids)
-        return sum(int(array.nbytes) for array in (*arrays, *more))
+        return 4 * sum(math.prod(shape) for _, shape in self._arrays.values())
 
     def transpose(self) -> Plan:
         """The same pairs with query and key tiles swapped: rows are key tiles.
@@ -195,12 +207,30 @@ class Plan:
         device = torch.device(device)
         found = self._on_device.get(device)
         if found is None:
-            made = DevicePlan(self, device)
-            with self._lock:
-                found = self._on_device.setdefault(device, made)
+            found = self.keep_on(device, DevicePlan(*copy_arrays([self._arrays], device)[0]))
         if found.use():
             self.captured = True
         return found
+
+    def is_on(self, device: torch.device) -> bool:
+        """Whether the arrays have been copied to a device."""
+        return device in self._on_device
+
+    def keep_on(self, device: torch.device, made: DevicePlan) -> DevicePlan:
+        """Keep a copy; returns the one that another thread kept first, if there is one."""
+        with self._lock:
+            return self._on_device.setdefault(device, made)
+
+    def keep_call(self, key: Hashable, made: object) -> object:
+        """Keep what a backend prepared for calls like one that it has just seen.
+
+        It goes with the plan, and must not hold it. A plan serves few different calls; past 64,
+        it starts over.
+        """
+        with self._lock:
+            if len(self.calls) >= _MAX_CALLS:
+                self.calls.clear()
+            return self.calls.setdefault(key, made)
 
     def layout_of(self, b: int, h: int) -> int:
         """The layout of batch b, query head h."""

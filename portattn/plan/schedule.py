@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
 import weakref
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 from portattn import native
 from portattn.errors import MaskError
 from portattn.plan import abi
-from portattn.plan.device import DeviceSchedule
+from portattn.plan.device import DeviceSchedule, copy_arrays
 
 if TYPE_CHECKING:
     import torch
@@ -63,17 +64,30 @@ class Schedule:
         self.num_passes, self.num_layouts = view.num_passes, view.num_layouts
         self.num_slots, self.num_counters = view.num_slots, view.num_counters
         self.workspace_bytes = view.workspace_bytes
-        self.items_per_pass = abi.as_numpy(view.items_per_pass, (self.num_passes,))
-        self.item_ptr = abi.as_numpy(view.item_ptr, (self.num_passes,))
-        self.items = abi.as_numpy(view.items, (view.total_items, abi.ITEM_FIELDS))
-        self.full_list = abi.as_numpy(view.full_list, (view.full_list_len, 2))
+        self._arrays: abi.NativeArrays = {
+            "items": (view.items or 0, (view.total_items, abi.ITEM_FIELDS)),
+            "item_ptr": (view.item_ptr or 0, (self.num_passes,)),
+            "items_per_pass": (view.items_per_pass or 0, (self.num_passes,)),
+            "full_list": (view.full_list or 0, (view.full_list_len, 2)),
+        }
         self._lock = threading.Lock()
         self._on_device: dict[torch.device, DeviceSchedule] = {}
+
+    def __getattr__(self, name: str) -> abi.Int32Array:
+        arrays: abi.NativeArrays = self.__dict__.get("_arrays", {})
+        if name not in arrays:
+            raise AttributeError(f"Schedule has no attribute {name!r}")
+        made = self.__dict__[name] = abi.as_numpy(*arrays[name])
+        return made
+
+    def arrays(self) -> abi.NativeArrays:
+        """Address and shape of every array, in the library's memory."""
+        return self._arrays
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        return int(self.items.nbytes + self.full_list.nbytes)
+        return 4 * sum(math.prod(shape) for _, shape in self._arrays.values())
 
     def to(self, device: torch.device | str) -> DeviceSchedule:
         """The arrays as int32 tensors on a device, copied once.
@@ -86,8 +100,15 @@ class Schedule:
         device = torch.device(device)
         found = self._on_device.get(device)
         if found is None:
-            made = DeviceSchedule(self, device)
-            with self._lock:
-                found = self._on_device.setdefault(device, made)
+            found = self.keep_on(device, DeviceSchedule(*copy_arrays([self._arrays], device)[0]))
         found.use()
         return found
+
+    def is_on(self, device: torch.device) -> bool:
+        """Whether the arrays have been copied to a device."""
+        return device in self._on_device
+
+    def keep_on(self, device: torch.device, made: DeviceSchedule) -> DeviceSchedule:
+        """Keep a copy; returns the one that another thread kept first, if there is one."""
+        with self._lock:
+            return self._on_device.setdefault(device, made)

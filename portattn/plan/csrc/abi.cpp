@@ -28,7 +28,7 @@ void pa_plan::seal() {
     view.bits = bits.data();
     view.bit_ranges = bit_ranges.data();
     view.q_ids = q_ids.data();
-    view.k_ids = k_ids.data();
+    view.k_ids = k_ids.empty() ? q_ids.data() : k_ids.data();  // see pa_plan
 }
 
 namespace {

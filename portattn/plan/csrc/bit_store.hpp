@@ -21,6 +21,14 @@ struct VectorHash {
     }
 };
 
+// For a few numbers a call of memcmp would take longer.
+inline bool equal(const std::vector<i64>& x, const std::vector<i64>& y) {
+    if (x.size() != y.size()) return false;
+    for (size_t n = 0; n < x.size(); ++n)
+        if (x[n] != y[n]) return false;
+    return true;
+}
+
 // Deduplicated bit tiles.
 class BitStore {
   public:

@@ -19,7 +19,8 @@ struct PlanError {
     std::string message;
 };
 
-inline i64 floor_div(i64 a, i64 b) { return a / b - ((a % b != 0) && ((a < 0) != (b < 0))); }
+// Most divisors are steps of 1, and a division costs tens of cycles.
+inline i64 floor_div(i64 a, i64 b) { return b == 1 ? a : a / b - ((a % b != 0) && ((a < 0) != (b < 0))); }
 inline i64 floor_mod(i64 a, i64 b) { return a - floor_div(a, b) * b; }
 inline i64 ceil_div(i64 a, i64 b) { return -floor_div(-a, b); }
 
@@ -135,6 +136,17 @@ std::shared_ptr<const Segments> make_segments(const int32_t* q_ids, const int32_
 // Both must be equal: the Segments of the pairs of ids.
 std::shared_ptr<const Segments> intersect_segments(const Segments& x, const Segments& y);
 // Index of the run that holds `position`.
-size_t find_run(const std::vector<Segments::Run>& runs, i64 position);
+inline size_t find_run(const std::vector<Segments::Run>& runs, i64 position) {
+    size_t found = 0;
+    for (size_t count = runs.size(); count > 1;) {
+        const size_t half = count / 2;
+        found += runs[found + half].begin <= position ? half : 0;
+        count -= half;
+    }
+    return found;
+}
+// Adds the ids and layout_ids of a plan whose tiles are there; `layouts` has each layout's Segments or null.
+// Ids are only read by id tiles: without those, no layout has any.
+void add_ids(pa_plan& plan, const std::vector<const Segments*>& layouts, const Sizes& sizes);
 
 }  // namespace portattn

@@ -24,6 +24,12 @@ const Segments* find_segments(const Expr& node) {
     return nullptr;
 }
 
+int logarithm(i64 n) {
+    int shift = 0;
+    while ((i64{1} << shift) < n) ++shift;
+    return (i64{1} << shift) == n ? shift : -1;
+}
+
 // Plans one layout.
 class LayoutPlanner {
   public:
@@ -34,8 +40,11 @@ class LayoutPlanner {
           sizes_(sizes),
           groups_(std::move(groups)),
           id_(id),
-          sizing_{sizes.seqlen_k, plan.view.block_q, plan.view.block_k} {
+          sizing_{sizes.seqlen_k, plan.view.block_q, plan.view.block_k},
+          block_k_(plan.view.block_k),
+          block_shift_(logarithm(plan.view.block_k)) {
         classes_.resize(groups_.size());
+        last_.resize(groups_.size());
     }
 
     void plan_pass(i64 row_step) {
@@ -49,6 +58,10 @@ class LayoutPlanner {
     // A tile's pair of bit ids, per signature; one table per group (and so per step).
     struct Bits {
         int32_t same, other;
+    };
+    struct Last {
+        std::vector<i64> signature;
+        Bits bits{};
     };
     using Classes = std::unordered_map<std::vector<i64>, Bits, VectorHash>;
 
@@ -78,23 +91,27 @@ class LayoutPlanner {
         const Expr& mask = groups_[g].mask;
         eval_spans(mask, rows, keys, sizing_, {0, keys.size});
         full_first_ = full_end_ = 0;
-        const i64 block = keys.block;
         const Spans& inner = mask.inner;
+        const auto down = [this](i64 key) {
+            return block_shift_ >= 0 ? key >> block_shift_ : key / block_k_;
+        };
+        const auto up = [this, &down](i64 key) { return down(key + block_k_ - 1); };
         size_t next = 0;  // span of mask.inner
         i64 tile = 0;     // tiles below are handled
         for (const Span& outer : mask.outer) {
-            tile = std::max(tile, outer.lo / block);
-            const i64 end = ceil_div(outer.hi, block);
+            tile = std::max(tile, down(outer.lo));
+            const i64 end = up(outer.hi);
             while (tile < end) {
                 // A tile is full only if one span covers it whole.
-                while (next < inner.size() && (inner[next].hi / block <= tile ||
-                                               ceil_div(inner[next].lo, block) >= inner[next].hi / block))
+                while (next < inner.size() &&
+                       (down(inner[next].hi) <= tile || up(inner[next].lo) >= down(inner[next].hi)))
                     ++next;
                 const bool found = next < inner.size();
-                const i64 full_begin = found ? std::min(end, ceil_div(inner[next].lo, block)) : end;
-                for (; tile < full_begin; ++tile) border_tile(g, rows, keys, tile);
+                const i64 full_begin = found ? std::min(end, up(inner[next].lo)) : end;
+                border_tiles(g, rows, keys, tile, full_begin);
+                tile = std::max(tile, full_begin);
                 if (tile < end) {
-                    const i64 full_end = std::min(end, inner[next].hi / block);
+                    const i64 full_end = std::min(end, down(inner[next].hi));
                     add_full(keys, tile, full_end);
                     tile = full_end;
                 }
@@ -103,18 +120,33 @@ class LayoutPlanner {
         flush_full(keys);
     }
 
-    void border_tile(size_t g, const QueryTile& rows, const KeyClass& keys, i64 tile) {
-        const KeyTile key_tile{keys.key(tile * keys.block), keys.step,
-                               std::min(keys.block, keys.size - tile * keys.block)};
-        const Bits found = classify(g, rows, key_tile);
-        if (found.same == PA_BITS_EMPTY && found.other == PA_BITS_EMPTY) return;
-        if (found.same == PA_BITS_FULL && found.other == PA_BITS_FULL) {
-            add_full(keys, tile, tile + 1);
-            return;
+    // Border tiles [tile, end) of the class.
+    void border_tiles(size_t g, const QueryTile& rows, const KeyClass& keys, i64 tile, i64 end) {
+        while (tile < end) {
+            const KeyTile key_tile{keys.key(tile * keys.block), keys.step,
+                                   std::min(keys.block, keys.size - tile * keys.block)};
+            const Bits found = classify(g, rows, key_tile);
+            const i64 next = std::min(end, alike_until(g, key_tile, tile));
+            if (found.same == PA_BITS_FULL && found.other == PA_BITS_FULL)
+                add_full(keys, tile, next);
+            else if (found.same != PA_BITS_EMPTY || found.other != PA_BITS_EMPTY)
+                for (i64 n = tile; n < next; ++n) add_tile(keys, n, found);
+            tile = next;
         }
-        const int32_t entry[kTileFields] = {static_cast<int32_t>(key_tile.first),
-                                            static_cast<int32_t>(keys.step), found.same, found.other};
-        plan_.tiles.insert(plan_.tiles.end(), entry, entry + kTileFields);
+    }
+
+    // The first tile after `tile` that may be of another class. Where nothing but ids matters, the tiles
+    // inside one run of ids are alike: a query tile over two documents has many of those.
+    i64 alike_until(size_t g, const KeyTile& keys, i64 tile) const {
+        const Expr& mask = groups_[g].mask;
+        if (!id_ || mask.segments.get() != id_ || keys.step != 1) return tile + 1;
+        const i64 end = id_->k_runs[find_run(id_->k_runs, keys.first)].end;
+        return std::max(tile + 1, (end - keys.first) / block_k_ + tile);
+    }
+
+    void add_tile(const KeyClass& keys, i64 tile, Bits bits) {
+        for (const i64 field : {keys.key(tile * keys.block), keys.step, i64{bits.same}, i64{bits.other}})
+            plan_.tiles.push_back(static_cast<int32_t>(field));
     }
 
     Bits classify(size_t g, const QueryTile& rows, const KeyTile& keys) {
@@ -125,14 +157,23 @@ class LayoutPlanner {
         signature_.push_back(keys.count);
         signature_.push_back(static_cast<i64>(relation));
         append_signature(mask, rows, keys, sizing_, id_, signature_);
+        // Mostly the class of the tile before, which is found without a look-up.
+        Last& last = last_[g];
+        if (equal(signature_, last.signature)) return last.bits;
+        last.signature = signature_;
         auto found = classes_[g].find(signature_);
-        if (found != classes_[g].end()) return found->second;
+        if (found == classes_[g].end())
+            found = classes_[g].emplace(signature_, evaluate_class(mask, rows, keys, relation)).first;
+        last.bits = found->second;
+        return last.bits;
+    }
+
+    Bits evaluate_class(const Expr& mask, const QueryTile& rows, const KeyTile& keys, IdRelation relation) {
         Bits out{};
         if (relation != IdRelation::kDifferent) out.same = evaluate(mask, rows, keys, true);
         if (relation != IdRelation::kSame) out.other = evaluate(mask, rows, keys, false);
         if (relation == IdRelation::kSame) out.other = out.same;
         if (relation == IdRelation::kDifferent) out.same = out.other;
-        classes_[g].emplace(signature_, out);
         return out;
     }
 
@@ -167,21 +208,14 @@ class LayoutPlanner {
     const std::vector<Group> groups_;
     const Segments* id_;
     const Sizing sizing_;
+    const i64 block_k_;
+    const int block_shift_;  // its logarithm, -1 where it has none
     std::vector<Classes> classes_;
+    std::vector<Last> last_;
     std::vector<i64> signature_;
     BitMatrix matrix_;
     i64 full_first_ = 0, full_end_ = 0;
 };
-
-void add_ids(pa_plan& plan, const Segments& s, const Sizes& sizes) {
-    plan.q_ids.reserve(plan.q_ids.size() + static_cast<size_t>(sizes.seqlen_q));
-    plan.k_ids.reserve(plan.k_ids.size() + static_cast<size_t>(sizes.seqlen_k));
-    for (const Segments::Run& run : s.q_runs)
-        plan.q_ids.insert(plan.q_ids.end(), static_cast<size_t>(run.end - run.begin), run.id);
-    for (const Segments::Run& run : s.k_runs)
-        plan.k_ids.insert(plan.k_ids.end(), static_cast<size_t>(run.end - run.begin), run.id);
-    ++plan.view.num_id_rows;
-}
 
 struct Layout {
     Expr mask;
@@ -212,23 +246,6 @@ std::vector<Layout> resolve_layouts(pa_plan& plan, const Program& program, const
     return layouts;
 }
 
-void plan_ids(pa_plan& plan, const std::vector<Layout>& layouts, const Sizes& sizes) {
-    std::vector<const Segments*> rows;
-    for (const Layout& layout : layouts) {
-        if (!layout.id) {
-            plan.layout_ids.push_back(-1);
-            continue;
-        }
-        auto at = std::find(rows.begin(), rows.end(), layout.id);
-        if (at == rows.end()) {
-            add_ids(plan, *layout.id, sizes);
-            rows.push_back(layout.id);
-            at = rows.end() - 1;
-        }
-        plan.layout_ids.push_back(static_cast<int32_t>(at - rows.begin()));
-    }
-}
-
 }  // namespace
 
 pa_plan* make_plan(const pa_plan_args& args) {
@@ -249,7 +266,6 @@ pa_plan* make_plan(const pa_plan_args& args) {
     const Sizes sizes{args.batch, args.num_heads, args.seqlen_q, args.seqlen_k, args.q_offset};
     const Program program(args.program, args.program_len, args.arrays, args.num_arrays, sizes);
     const std::vector<Layout> layouts = resolve_layouts(*plan, program, sizes);
-    plan_ids(*plan, layouts, sizes);
     std::vector<i64> steps;
     for (const Layout& layout : layouts)
         for (const Group& group : layout.groups)
@@ -269,6 +285,9 @@ pa_plan* make_plan(const pa_plan_args& args) {
             plan->row_ptr.push_back(static_cast<int32_t>(plan->rows.size() / kRowFields));
         }
     }
+    std::vector<const Segments*> segments;
+    for (const Layout& layout : layouts) segments.push_back(layout.id);
+    add_ids(*plan, segments, sizes);
     plan->seal();
     return plan.release();
 }

@@ -8,6 +8,7 @@
 
 struct pa_plan {
     pa_plan_view view{};
+    // k_ids is empty where it equals q_ids; the view then shows those twice.
     std::vector<int32_t> layouts, layout_ids, pass_steps, row_ptr, rows, tiles, runs, bit_ranges, q_ids,
         k_ids;
     std::vector<uint32_t> bits;

@@ -1,5 +1,6 @@
 // The scheduler: rows of a plan become items; long rows are cut into pieces; longest first.
 #include <algorithm>
+#include <array>
 #include <memory>
 #include <vector>
 
@@ -19,7 +20,7 @@ namespace {
 // length.
 constexpr i64 kMaxListed = 256;
 
-using Item = std::vector<int32_t>;
+using Item = std::array<int32_t, PA_ITEM_FIELDS>;
 
 // A stretch of one run.
 struct Stretch {
@@ -109,8 +110,9 @@ class Scheduler {
         out_.item_ptr.push_back(static_cast<int32_t>(out_.items.size() / PA_ITEM_FIELDS));
         out_.items_per_pass.push_back(static_cast<int32_t>(longest));
         for (std::vector<Item>& items : layouts) {
+            out_.items.reserve(out_.items.size() + longest * PA_ITEM_FIELDS);
             for (const Item& item : items) out_.items.insert(out_.items.end(), item.begin(), item.end());
-            Item padding(PA_ITEM_FIELDS, 0);
+            Item padding{};
             padding[PA_ITEM_Q_STEP] = 1;
             padding[PA_ITEM_SLOT] = padding[PA_ITEM_COUNTER] = -1;
             padding[PA_ITEM_NUM_PIECES] = 1;
@@ -174,7 +176,40 @@ class Scheduler {
         return out;
     }
 
+    Item new_item(int32_t pass, int32_t layout, const int32_t* row) const {
+        Item item{};
+        item[PA_ITEM_Q_START] = row[0];
+        item[PA_ITEM_Q_STEP] = plan_.pass_steps[pass];
+        item[PA_ITEM_NUM_ROWS] = row[1];
+        item[PA_ITEM_LAYOUT] = layout;
+        item[PA_ITEM_NUM_PIECES] = 1;
+        item[PA_ITEM_SLOT] = item[PA_ITEM_SLOT_FIRST] = item[PA_ITEM_COUNTER] = -1;
+        return item;
+    }
+
+    // Most rows: not to be cut, with at most one run. The same as cutting them into one piece, without
+    // memory.
+    bool add_simple_row(int32_t pass, int32_t layout, const int32_t* row, std::vector<Item>& items) {
+        const i64 cost = row_cost(row);
+        if (cost > limit_ || row[5] - row[4] > 1) return false;
+        Item item = new_item(pass, layout, row);
+        item[PA_ITEM_TILE_BEGIN] = row[2];
+        item[PA_ITEM_TILE_END] = row[3];
+        item[PA_ITEM_COST] = static_cast<int32_t>(cost);
+        item[PA_ITEM_FULL_FIRST] = static_cast<int32_t>(out_.full_list.size() / 2);
+        if (row[5] > row[4]) {
+            const int32_t* run = plan_.runs + row[4] * kRunFields;
+            item[PA_ITEM_FULL_FIRST] = run[0];
+            item[PA_ITEM_FULL_STEP] = run[1];
+            item[PA_ITEM_FULL_COUNT] = run[2];
+            item[PA_ITEM_FULL_STRIDE] = run[3];
+        }
+        items.push_back(item);
+        return true;
+    }
+
     void add_row(int32_t pass, int32_t layout, const int32_t* row, std::vector<Item>& items) {
+        if (add_simple_row(pass, layout, row, items)) return;
         const std::vector<Piece> pieces = separate(cut(row));
         const int32_t first_slot = slots_, counter = counters_;
         if (pieces.size() > 1) {
@@ -183,10 +218,7 @@ class Scheduler {
         }
         for (size_t n = 0; n < pieces.size(); ++n) {
             const Piece& piece = pieces[n];
-            Item item(PA_ITEM_FIELDS, 0);
-            item[PA_ITEM_Q_START] = row[0];
-            item[PA_ITEM_Q_STEP] = plan_.pass_steps[pass];
-            item[PA_ITEM_NUM_ROWS] = row[1];
+            Item item = new_item(pass, layout, row);
             item[PA_ITEM_TILE_BEGIN] = piece.tile_begin;
             item[PA_ITEM_TILE_END] = piece.tile_end;
             item[PA_ITEM_FULL_COUNT] = static_cast<int32_t>(piece.full_count());
@@ -206,8 +238,7 @@ class Scheduler {
             item[PA_ITEM_NUM_PIECES] = static_cast<int32_t>(pieces.size());
             item[PA_ITEM_COUNTER] = whole ? -1 : counter;
             item[PA_ITEM_COST] = static_cast<int32_t>(piece.cost());
-            item[PA_ITEM_LAYOUT] = layout;
-            items.push_back(std::move(item));
+            items.push_back(item);
         }
     }
 

@@ -3,6 +3,7 @@
 #include <unordered_map>
 
 #include "expr.hpp"
+#include "planner.hpp"
 
 namespace portattn {
 
@@ -10,13 +11,24 @@ namespace {
 
 using Run = Segments::Run;
 
+// End of the run of equal ids that starts at `at`.
+i64 run_end(const int32_t* ids, i64 at, i64 end) {
+    constexpr i64 kBlock = 64;  // compared at once, in vectors
+    const int32_t id = ids[at];
+    for (; at + kBlock <= end; at += kBlock) {
+        int32_t differs = 0;
+        for (i64 n = 0; n < kBlock; ++n) differs |= ids[at + n] ^ id;
+        if (differs) break;
+    }
+    while (at < end && ids[at] == id) ++at;
+    return at;
+}
+
 std::vector<Run> find_runs(const int32_t* ids, i64 begin, i64 end) {
     std::vector<Run> runs;
     for (i64 at = begin; at < end;) {
-        const int32_t id = ids[at];
-        i64 stop = at + 1;
-        while (stop < end && ids[stop] == id) ++stop;
-        runs.push_back({at, stop, id});
+        const i64 stop = run_end(ids, at, end);
+        runs.push_back({at, stop, ids[at]});
         at = stop;
     }
     return runs;
@@ -96,10 +108,53 @@ std::shared_ptr<const Segments> intersect_segments(const Segments& x, const Segm
     return out;
 }
 
-size_t find_run(const std::vector<Run>& runs, i64 position) {
-    const auto after = std::upper_bound(runs.begin(), runs.end(), position,
-                                        [](i64 value, const Run& run) { return value < run.begin; });
-    return static_cast<size_t>(after - runs.begin()) - 1;
+namespace {
+
+void append_ids(std::vector<int32_t>& ids, const std::vector<Segments::Run>& runs, i64 seqlen) {
+    ids.reserve(ids.size() + static_cast<size_t>(seqlen));
+    for (const Segments::Run& run : runs)
+        ids.insert(ids.end(), static_cast<size_t>(run.end - run.begin), run.id);
+}
+
+// Whether rows and keys have the same ids at the same places.
+bool is_symmetric(const Segments& s) {
+    return s.q_runs.size() == s.k_runs.size() &&
+           std::equal(s.q_runs.begin(), s.q_runs.end(), s.k_runs.begin(),
+                      [](const Segments::Run& x, const Segments::Run& y) {
+                          return x.begin == y.begin && x.end == y.end && x.id == y.id;
+                      });
+}
+
+bool has_id_tiles(const pa_plan& plan) {
+    for (size_t n = 0; n < plan.tiles.size(); n += kTileFields)
+        if (plan.tiles[n + 2] != plan.tiles[n + 3]) return true;
+    return false;
+}
+
+}  // namespace
+
+void add_ids(pa_plan& plan, const std::vector<const Segments*>& layouts, const Sizes& sizes) {
+    if (!has_id_tiles(plan)) {
+        plan.layout_ids.assign(layouts.size(), -1);
+        return;
+    }
+    std::vector<const Segments*> rows;
+    for (const Segments* layout : layouts) {
+        if (!layout) {
+            plan.layout_ids.push_back(-1);
+            continue;
+        }
+        auto at = std::find(rows.begin(), rows.end(), layout);
+        if (at == rows.end()) {
+            append_ids(plan.q_ids, layout->q_runs, sizes.seqlen_q);
+            rows.push_back(layout);
+            at = rows.end() - 1;
+        }
+        plan.layout_ids.push_back(static_cast<int32_t>(at - rows.begin()));
+    }
+    plan.view.num_id_rows = static_cast<int32_t>(rows.size());
+    if (!std::all_of(rows.begin(), rows.end(), [](const Segments* s) { return is_symmetric(*s); }))
+        for (const Segments* s : rows) append_ids(plan.k_ids, s->k_runs, sizes.seqlen_k);
 }
 
 }  // namespace portattn
