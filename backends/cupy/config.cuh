@@ -20,9 +20,14 @@ constexpr bool kAligned = PA_ALIGNED;           // every row of Q, K, V and O st
 constexpr bool kSoftcap = PA_SOFTCAP;
 constexpr bool kAlibi = PA_ALIBI;
 constexpr bool kBias = PA_BIAS;
+#ifdef PA_SCALED
+constexpr bool kScaled = PA_SCALED;  // scores take the scale, of any sign, before the softmax
+#else
+constexpr bool kScaled = false;
+#endif
 
 constexpr bool kTensorCores = kDtype != kFloat32;
-constexpr bool kScoreTerms = kSoftcap || kAlibi || kBias;
+constexpr bool kScoreTerms = kSoftcap || kAlibi || kBias || kScaled;
 constexpr int kElementBytes = kTensorCores ? 2 : 4;
 constexpr int kThreads = 32 * kNumWarps;
 constexpr int kRowTiles = kBlockQ / (16 * kNumWarps);  // tiles of 16 rows per warp

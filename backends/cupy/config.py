@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from portattn.backends.base import Config
 from portattn.backends.cupy.loader import Program
+from portattn.masks.opcodes import BAND, instructions, is_bound
 
 if TYPE_CHECKING:
     from portattn.problem import AttentionProblem
@@ -39,7 +40,8 @@ class ForwardSm80Config(Config):
         block_q: query rows of a block, 64 or 128.
         block_k: keys of a tile, 16 (for float32 with large head dims), 32, 64 or 128.
         num_warps: 4 or 8; each takes block_q / num_warps rows, 16 or 32.
-        num_stages: tiles of K and V under way, 1 to 3; with 1, K and V alternate.
+        num_stages: buffers of K and of V, 1 to 3; with 1, the next K comes during the softmax and
+            P V, and V during Q K.
         blocks_per_sm: blocks that registers are limited for; more hide latency, fewer spill less.
         head_group: heads whose items run at the same time; decides what stays in the L2 cache.
     """
@@ -198,31 +200,60 @@ def _resource_reasons(
 
 
 # Tried in this order; the first that fits is the default. For 16-bit inputs they were chosen to
-# need no spills; tests/cupy/test_compile.py holds head dims 64, 128 and 256 to it.
-_WIDE = ForwardSm80Config(128, 64, 4, 2, 2)
+# need no spills (at most one pointer); tests/cupy/test_compile.py holds head dims 64, 128 and 256
+# to it.
 _HALF_DEFAULTS = (
     ForwardSm80Config(64, 64, 4, 2, 2),
     ForwardSm80Config(64, 64, 4, 1, 2),
     ForwardSm80Config(64, 32, 4, 1, 2),
     ForwardSm80Config(64, 32, 4, 1, 1),
 )
+# By head dim, before the above for long rows without score terms: 32 rows a warp halve what it
+# reads of K and V from shared memory, and the largest tiles spare barriers and copies.
+_DENSE_DEFAULTS = {
+    64: (ForwardSm80Config(128, 64, 4, 2, 2),),
+    128: (ForwardSm80Config(128, 64, 4, 1, 2),),
+    256: (
+        ForwardSm80Config(64, 64, 4, 1, 2),
+        ForwardSm80Config(128, 64, 8, 1, 1),
+        ForwardSm80Config(128, 32, 8, 1, 1),
+    ),
+}
 _FLOAT_DEFAULTS = (  # FMAs are unrolled over block_k
     ForwardSm80Config(64, 32, 4, 2, 2),
     ForwardSm80Config(64, 32, 4, 1, 2),
     ForwardSm80Config(64, 32, 4, 1, 1),
     ForwardSm80Config(64, 16, 4, 1, 1),
 )
-# O and S with more registers than this leave too few for the rest.
+# O and S with more registers than this leave too few for the score terms.
 _MOST_ACCUMULATORS = 144
+_TERMS = frozenset({"softcap", "alibi", "bias"})
+
+
+def _is_dense(program: tuple[int, ...]) -> bool:
+    """No mask, or one band that is open on a side, as causal is: large tiles waste little."""
+    found = list(instructions(program))
+    return not found or (
+        len(found) == 1 and found[0][0] == BAND and not all(map(is_bound, found[0][1]))
+    )
+
+
+def _wide_candidates(problem: AttentionProblem) -> tuple[ForwardSm80Config, ...]:
+    if problem.dtype == "float32" or problem.seqlen_q <= 64 or problem.features & _TERMS:
+        return ()
+    if not _is_dense(problem.program):
+        return ()
+    width = max(problem.head_dim, problem.head_dim_v)
+    return _DENSE_DEFAULTS[min(w for w in _DENSE_DEFAULTS if width <= w)]
 
 
 @functools.lru_cache(maxsize=256)
 def default_config(problem: AttentionProblem, capability: tuple[int, int]) -> ForwardSm80Config:
     """The first of the defaults that fits the device."""
-    is_wide = max(problem.head_dim, problem.head_dim_v) <= 64 and problem.seqlen_q > 64
-    candidates = (_WIDE, *_HALF_DEFAULTS) if is_wide else _HALF_DEFAULTS
-    if problem.dtype == "float32":
-        candidates = _FLOAT_DEFAULTS
+    for config in _wide_candidates(problem):
+        if not infeasible_reasons(problem, config, capability):
+            return config
+    candidates = _FLOAT_DEFAULTS if problem.dtype == "float32" else _HALF_DEFAULTS
     for config in candidates:
         fits = not infeasible_reasons(problem, config, capability)
         if fits and accumulators(padded(problem.head_dim_v), config) <= _MOST_ACCUMULATORS:

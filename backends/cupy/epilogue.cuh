@@ -157,10 +157,10 @@ PA_DEVICE void store_staged(const Params& p, const Work& work, const Lane& lane,
     }
 }
 
-// Stores the item's rows; a cut row's piece goes to its slot.
+// Stores the item's rows; a cut row's piece goes to its slot. `shared`: kStageBytes for each warp, which no
+// other warp uses any more.
 PA_DEVICE void store_rows(const Params& p, const Work& work, const Lane& lane, const Output& o,
                           const RowState& state, uint32 shared) {
-    block_barrier();  // every warp has left the tiles
     const uint32 stage = shared + kStageBytes * lane.warp;
     PA_UNROLL
     for (int tile = 0; tile < kRowTiles; ++tile) {
@@ -200,16 +200,18 @@ PA_DEVICE void store_rows(const Params& p, const Work& work, const Lane& lane, c
 }
 
 // True in the block that stored the last piece of its row; its memory operations then see the other pieces.
-PA_DEVICE bool is_last_piece(const Params& p, const Work& work, uint32 flag) {
+// `barrier` is one of the threads that stored them; `flag` is 4 bytes of shared memory.
+template <typename Barrier>
+PA_DEVICE bool is_last_piece(const Params& p, const Work& work, uint32 flag, Barrier barrier) {
     device_fence();
-    block_barrier();
+    barrier();
     if (thread_index() == 0) {
         int* counter = p.counters + static_cast<int64>(work.batch_head) * p.num_counters + work.item.counter;
         const bool last = atomic_increment(counter) == work.item.num_pieces - 1;
         if (last) *counter = 0;
         shared_store_int(flag, last ? 1 : 0);
     }
-    block_barrier();
+    barrier();
     const bool last = shared_load_int(flag) != 0;
     device_fence();
     return last;
@@ -222,29 +224,79 @@ PA_DEVICE void add_columns(Vec4& v, float weight, const float* source, int count
     if (count > 3) v.w = fma_f32(weight, load_fresh(source + 3), v.w);
 }
 
-// Merges the pieces in slot order, so that the result does not depend on which came last: one warp a row.
+PA_DEVICE float warp_max(float v) {
+    PA_UNROLL
+    for (int mask = 1; mask < 32; mask *= 2) v = max_f32(v, shuffle_xor(v, mask));
+    return v;
+}
+
+PA_DEVICE float warp_sum(float v) {
+    PA_UNROLL
+    for (int mask = 1; mask < 32; mask *= 2) v += shuffle_xor(v, mask);
+    return v;
+}
+
+// The LSE of piece `slot` of a row, -inf past the last.
+PA_DEVICE float piece_lse(const Params& p, const Work& work, int slot, int row) {
+    const bool exists = slot < work.item.slot_first + work.item.num_pieces && row < work.item.num_rows;
+    return exists ? load_fresh(p.piece_lse + piece_row(p, work, slot, row)) : -infinity();
+}
+
+// A row's normaliser over all its pieces: their LSEs are relative to `base`, and the sum of exponentials.
+struct PieceSum {
+    float base, sum;
+};
+
+PA_DEVICE PieceSum sum_pieces(const Params& p, const Work& work, const Lane& lane, int row, float first_lse) {
+    float top = warp_max(first_lse);
+    for (int n = 32; n < work.item.num_pieces; n += 32)
+        top = max_f32(top, warp_max(piece_lse(p, work, work.item.slot_first + n + lane.lane, row)));
+    const float base = top == -infinity() ? 0.0f : top;
+    float sum = warp_sum(exp_exact(first_lse - base));
+    for (int n = 32; n < work.item.num_pieces; n += 32)
+        sum += warp_sum(exp_exact(piece_lse(p, work, work.item.slot_first + n + lane.lane, row) - base));
+    return PieceSum{base, sum};
+}
+
+// Merges the pieces in slot order, so that the result does not depend on which came last: one warp a row, its
+// lanes side by side on the pieces' LSEs, then on the columns. Loads wait for nothing but each other: from
+// another block's memory they take as long as a tile's products.
 PA_DEVICE void merge_pieces(const Params& p, const Work& work, const Lane& lane) {
     const int first = work.item.slot_first;
-    const int end_slot = first + work.item.num_pieces;
+    float next_lse = piece_lse(p, work, first + lane.lane, lane.warp);
     for (int row = lane.warp; row < work.item.num_rows; row += kNumWarps) {
-        float top = -infinity();
-        for (int slot = first; slot < end_slot; ++slot)
-            top = max_f32(top, load_fresh(p.piece_lse + piece_row(p, work, slot, row)));
-        const float base = top == -infinity() ? 0.0f : top;
-        float sum = 0.0f;
-        for (int slot = first; slot < end_slot; ++slot)
-            sum += exp_exact(load_fresh(p.piece_lse + piece_row(p, work, slot, row)) - base);
-        const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-        const RowEnd end = end_row(p, work, row, sum == 0.0f ? -infinity() : base + log_exact(sum));
-        for (int column = 4 * lane.lane; column < p.head_dim_v; column += 128) {
+        const float first_lse = next_lse;
+        next_lse = piece_lse(p, work, first + lane.lane, row + kNumWarps);
+        const PieceSum total = sum_pieces(p, work, lane, row, first_lse);
+        const bool empty = total.sum == 0.0f;
+        const RowEnd end = end_row(p, work, row, empty ? -infinity() : total.base + log_exact(total.sum));
+        const float scale = empty ? 0.0f : end.own / total.sum;
+        for (int block = 0; block < p.head_dim_v; block += 128) {
+            const int column = block + 4 * lane.lane;
+            const int count = p.head_dim_v - column;
             Vec4 v{0.0f, 0.0f, 0.0f, 0.0f};
-            for (int slot = first; slot < end_slot; ++slot) {
-                const int64 slot_row = piece_row(p, work, slot, row);
-                const float weight = end.own * inverse * exp_exact(load_fresh(p.piece_lse + slot_row) - base);
-                add_columns(v, weight, p.piece_output + slot_row * p.head_dim_v + column,
-                            p.head_dim_v - column);
+            for (int n = 0; n < work.item.num_pieces; n += 32) {
+                const float lse = n == 0 ? first_lse : piece_lse(p, work, first + n + lane.lane, row);
+                const float weight = scale * exp_exact(lse - total.base);
+                const int pieces = work.item.num_pieces - n < 32 ? work.item.num_pieces - n : 32;
+                const float* source =
+                    p.piece_output + piece_row(p, work, first + n, row) * p.head_dim_v + column;
+                const int64 stride = static_cast<int64>(kBlockQ) * p.head_dim_v;
+#pragma unroll 8
+                for (int piece = 0; piece < pieces; ++piece) {
+                    const float share = shuffle(weight, piece);
+                    if (count >= 4 && p.head_dim_v % 4 == 0) {
+                        const Vec4 part = load_fresh_vec4(source + piece * stride);
+                        v.x = fma_f32(share, part.x, v.x);
+                        v.y = fma_f32(share, part.y, v.y);
+                        v.z = fma_f32(share, part.z, v.z);
+                        v.w = fma_f32(share, part.w, v.w);
+                    } else if (count > 0) {
+                        add_columns(v, share, source + piece * stride, count);
+                    }
+                }
             }
-            store_columns(p, work, row, column, v, end.running);
+            if (count > 0) store_columns(p, work, row, column, v, end.running);
         }
         warp_barrier();  // every lane has read the running LSE
         if (lane.lane == 0) store_lse(p, work, row, end.lse);

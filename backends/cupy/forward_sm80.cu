@@ -44,24 +44,22 @@ struct TileLoader {
                 kElementBytes * (work.batch * p.value_stride_batch + kv_head * p.value_stride_head);
     }
 
-    // Each commits a group, an empty one past the last tile, so that waiting can count groups.
-    PA_DEVICE void load_key(int index) {
+    PA_DEVICE void load_key(int index, int stage) {
         if (index < total)
-            load_rows<kBlockK, kQueryPitch>(buffers.key(index % kNumStages), key,
-                                            kElementBytes * p.key_stride_row, keys.start, keys.step,
-                                            p.seqlen_k, kElementBytes * p.head_dim);
-        cp_async_commit();
+            load_rows<kBlockK, kQueryPitch>(buffers.key(stage), key, kElementBytes * p.key_stride_row,
+                                            keys.start, keys.step, p.seqlen_k, kElementBytes * p.head_dim);
     }
 
-    PA_DEVICE void load_value(int index) {
+    // After load_key of the same tile.
+    PA_DEVICE void load_value(int index, int stage) {
         if (index < total)
-            load_rows<kBlockK, kValuePitch>(buffers.value(index % kNumStages), value,
-                                            kElementBytes * p.value_stride_row, keys.start, keys.step,
-                                            p.seqlen_k, kElementBytes * p.head_dim_v);
-        cp_async_commit();
+            load_rows<kBlockK, kValuePitch>(buffers.value(stage), value, kElementBytes * p.value_stride_row,
+                                            keys.start, keys.step, p.seqlen_k, kElementBytes * p.head_dim_v);
         keys = tile_keys(p, item, index + 1);
     }
 };
+
+PA_DEVICE int next_stage(int stage) { return stage + 1 == kNumStages ? 0 : stage + 1; }
 
 PA_DEVICE void load_query_rows(const Params& p, const Work& work, uint32 shared) {
     const char* query = static_cast<const char*>(p.query) +
@@ -90,86 +88,160 @@ PA_DEVICE void begin_tile(TileState& tile, const Params& p, const Lane& lane, co
     if (tile.active) load_mask(tile.mask, p, lane, work, tile.keys, same, other);
 }
 
-PA_DEVICE void scores_to_weights(Scores& s, Output& o, RowState& state, const TileState& tile,
-                                 const Params& p, const Lane& lane, const Work& work) {
-    if constexpr (kScoreTerms) add_score_terms(s, p, lane, work, tile.keys);
-    if (tile.partial) {
-        apply_mask(s, tile.mask);
-        softmax_step<true>(s, o, state, p.scale_log2);
-    } else {
-        // A bias may hold -inf in a whole row of a full tile.
-        softmax_step<kBias>(s, o, state, p.scale_log2);
+PA_DEVICE void score_to_weight(Scores& s, RowState& state, const RowShifts& shifts, float c, int tile, int n,
+                               int r) {
+    const float weight = weight_exp2(fma_f32(s[tile][n][r], c, shifts.shift[tile][r / 2]));
+    s[tile][n][r] = weight;
+    state.sum[tile][r / 2] += weight;
+}
+
+// Part `part` of `parts` of the weights of 16 keys.
+PA_DEVICE void weights_of_keys(Scores& s, RowState& state, const RowShifts& shifts, float c, int step,
+                               int part, int parts) {
+    constexpr int kElements = 8 * kRowTiles;
+    PA_UNROLL
+    for (int index = 0; index < kElements; ++index) {
+        if (index * parts / kElements != part) continue;
+        score_to_weight(s, state, shifts, c, index / 8, 2 * step + index / 4 % 2, index % 4);
     }
 }
 
-// kNumStages tiles are under way: a tile is loaded into the buffer that the previous one has left.
+// O += P V. The weights of the next 16 keys are computed between the products of these: a warp issues in
+// order, and a product keeps the tensor cores busy for longer than its issue.
+PA_DEVICE void add_tile(Output& o, Scores& s, RowState& state, const RowShifts& shifts, float c,
+                        const Lane& lane, uint32 value) {
+    constexpr int kSteps = kBlockK / 16;
+    if constexpr (!kTensorCores) {
+        PA_UNROLL
+        for (int step = 0; step < kSteps; ++step) weights_of_keys(s, state, shifts, c, step, 0, 1);
+        weights_value_fma(o, s, lane, value);
+        return;
+    }
+    constexpr int kPairs = kOutTiles / 2;
+    const uint32 address = value + chunk_offset<kValuePitch>(lane.lane % 16, lane.lane / 16);
+    weights_of_keys(s, state, shifts, c, 0, 0, 1);
+    PA_UNROLL
+    for (int step = 0; step < kSteps; ++step) {
+        uint32 a[kRowTiles][4];
+        PA_UNROLL
+        for (int tile = 0; tile < kRowTiles; ++tile) {
+            // The layout of accumulators is that of A: no shuffle is needed.
+            PA_UNROLL
+            for (int r = 0; r < 4; ++r) {
+                const float* pair = &s[tile][2 * step + r / 2][2 * (r % 2)];
+                a[tile][r] = pack_pair<kDtype == kBfloat16>(pair[0], pair[1]);
+            }
+        }
+        PA_UNROLL
+        for (int pair = 0; pair < kPairs; ++pair) {
+            uint32 b[4];
+            ldmatrix_x4_trans(b, other_chunk<kValuePitch>(address, 2 * pair) + 16 * step * kValuePitch);
+            PA_UNROLL
+            for (int tile = 0; tile < kRowTiles; ++tile) {
+                mma_m16n8k16<kDtype == kBfloat16>(o[tile][2 * pair], a[tile], b[0], b[1]);
+                mma_m16n8k16<kDtype == kBfloat16>(o[tile][2 * pair + 1], a[tile], b[2], b[3]);
+            }
+            if (step + 1 < kSteps) weights_of_keys(s, state, shifts, c, step + 1, pair, kPairs);
+        }
+    }
+}
+
+PA_DEVICE void finish_tile(Scores& s, Output& o, RowState& state, const TileState& tile, const Params& p,
+                           const Lane& lane, const Work& work, uint32 value) {
+    const float c = kScoreTerms ? 1.0f : p.scale_log2;
+    RowShifts shifts;
+    bool grown;
+    if constexpr (kScoreTerms) add_score_terms(s, p, lane, work, tile.keys);
+    if (tile.partial) {
+        apply_mask(s, tile.mask);
+        grown = raise_bases<true>(s, state, shifts, c);
+    } else {
+        // A bias may hold -inf in a whole row of a full tile.
+        grown = raise_bases<kBias>(s, state, shifts, c);
+    }
+    if (grown) rescale_output(o, shifts.factors);
+    add_tile(o, s, state, shifts, c, lane, value);
+}
+
+// Q, in the group of the first tile's K. -1 or 0 times the query: the scale's sign.
+PA_DEVICE void take_query(QueryFragments& fragments, const Params& p, const Lane& lane,
+                          const Buffers& buffers) {
+    if (p.query_factor != 1) {
+        scale_query(buffers.query, p.query_factor);
+        block_barrier();
+    }
+    load_query(fragments, lane, buffers.query);
+}
+
+// Several buffers: kNumStages - 1 tiles are under way while one is computed, and one barrier a tile says both
+// that the tile has come and that every warp has left the one before, whose buffer the next copy takes.
 PA_DEVICE void run_tiles_staged(Output& o, RowState& state, const Params& p, const Lane& lane,
                                 const Work& work, const Buffers& buffers, int total) {
     constexpr int kAhead = kNumStages - 1;
     TileLoader loader(p, work, buffers, total);
     load_query_rows(p, work, buffers.query);
+    int load_stage = 0;
     PA_UNROLL
     for (int index = 0; index < kAhead; ++index) {
-        loader.load_key(index);
-        loader.load_value(index);
-    }
-    cp_async_wait<2 * kAhead - 1>();
-    block_barrier();
-    if (p.query_factor != 1) {
-        scale_query(buffers.query, p.query_factor);
-        block_barrier();
+        loader.load_key(index, load_stage);
+        loader.load_value(index, load_stage);
+        cp_async_commit();
+        load_stage = next_stage(load_stage);
     }
     QueryFragments fragments;
-    load_query(fragments, lane, buffers.query);
+    if (kQueryInRegisters || p.query_factor != 1) {
+        cp_async_wait<kAhead - 1>();
+        block_barrier();
+        take_query(fragments, p, lane, buffers);
+    }
+    int stage = 0;
 #pragma unroll 1
     for (int index = 0; index < total; ++index) {
-        cp_async_wait<2 * kAhead - 1>();
-        block_barrier();  // K has come; every warp has left tile index - 1
-        loader.load_key(index + kAhead);
-        loader.load_value(index + kAhead);
+        cp_async_wait<kAhead - 1>();
+        block_barrier();  // it has come; every warp has left tile index - 1
+        loader.load_key(index + kAhead, load_stage);
+        loader.load_value(index + kAhead, load_stage);
+        cp_async_commit();  // an empty group past the last tile, so that waiting can count groups
         TileState tile;
         begin_tile(tile, p, lane, work, index);
-        Scores s;
         if (tile.active) {
-            query_key(s, fragments, lane, buffers.query, buffers.key(index % kNumStages));
-            scores_to_weights(s, o, state, tile, p, lane, work);
+            Scores s;
+            query_key(s, fragments, lane, buffers.query, buffers.key(stage));
+            finish_tile(s, o, state, tile, p, lane, work, buffers.value(stage));
         }
-        cp_async_wait<2 * kAhead>();
-        block_barrier();  // V has come
-        if (tile.active) weights_value(o, s, lane, buffers.value(index % kNumStages));
+        load_stage = next_stage(load_stage);
+        stage = next_stage(stage);
     }
 }
 
-// One buffer each: the next K comes during the softmax and P V, the next V during Q K.
+// One buffer each, two barriers a tile: V comes during Q K, the next K during the softmax and P V.
 PA_DEVICE void run_tiles_single(Output& o, RowState& state, const Params& p, const Lane& lane,
                                 const Work& work, const Buffers& buffers, int total) {
     TileLoader loader(p, work, buffers, total);
     load_query_rows(p, work, buffers.query);
-    loader.load_key(0);
-    cp_async_wait<0>();
-    block_barrier();
-    if (p.query_factor != 1) {
-        scale_query(buffers.query, p.query_factor);
-        block_barrier();
-    }
+    loader.load_key(0, 0);
+    cp_async_commit();
     QueryFragments fragments;
-    load_query(fragments, lane, buffers.query);
+    if (kQueryInRegisters || p.query_factor != 1) {
+        cp_async_wait<0>();
+        block_barrier();
+        take_query(fragments, p, lane, buffers);
+    }
 #pragma unroll 1
     for (int index = 0; index < total; ++index) {
-        loader.load_value(index);
+        cp_async_wait<0>();
+        block_barrier();  // K has come; every warp has left V
+        loader.load_value(index, 0);
+        cp_async_commit();
         TileState tile;
         begin_tile(tile, p, lane, work, index);
-        cp_async_wait<1>();
-        block_barrier();  // K has come
         Scores s;
         if (tile.active) query_key(s, fragments, lane, buffers.query, buffers.key(0));
-        block_barrier();  // every warp has left K
-        loader.load_key(index + 1);
-        if (tile.active) scores_to_weights(s, o, state, tile, p, lane, work);
-        cp_async_wait<1>();
-        block_barrier();  // V has come
-        if (tile.active) weights_value(o, s, lane, buffers.value(0));
-        block_barrier();  // every warp has left V
+        cp_async_wait<0>();
+        block_barrier();  // V has come; every warp has left K
+        loader.load_key(index + 1, 0);
+        cp_async_commit();
+        if (tile.active) finish_tile(s, o, state, tile, p, lane, work, buffers.value(0));
     }
 }
 
@@ -205,9 +277,10 @@ PA_DEVICE void forward_block(const Params& p) {
     Output o;
     RowState state;
     run_tiles(o, state, p, lane, work, buffers);
+    block_barrier();  // every warp has left the tiles
     store_rows(p, work, lane, o, state, buffers.query);
     if (work.item.slot < 0) return;
-    if (is_last_piece(p, work, buffers.query)) merge_pieces(p, work, lane);
+    if (is_last_piece(p, work, buffers.query, [] { block_barrier(); })) merge_pieces(p, work, lane);
 }
 
 }  // namespace portattn

@@ -6,28 +6,29 @@ bfloat16 here, and no copies. One launch per pass of the plan. Not done: kv_leng
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import TYPE_CHECKING, ClassVar, cast
-
-import numpy as np
-import torch
 
 from portattn.backends.base import AttentionInputs, Config, ConfigValue, Kernel
 from portattn.backends.cupy import config as configs
 from portattn.backends.cupy import loader
 from portattn.backends.cupy.config import ForwardSm80Config
+from portattn.backends.cupy.device import device_properties, device_reasons
+from portattn.backends.cupy.fast_launch import ForwardCall, LaunchLike, device_launch
 from portattn.backends.cupy.launch import prepare
-from portattn.backends.cupy.params import layout
+from portattn.backends.repeated import call_key, current_device
+from portattn.plan import plan_mask
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    import torch
 
     from portattn.backends.cupy.config import Variant
     from portattn.backends.cupy.loader import Program
     from portattn.problem import AttentionProblem
 
-_MAX_LENGTH = 2**31 - 2**20  # row and key indices are int32, and tiles reach past the end
+MAX_LENGTH = 2**31 - 2**20  # row and key indices are int32, and tiles reach past the end
 
 
 class CupyForwardSm80(Kernel):
@@ -49,8 +50,8 @@ class CupyForwardSm80(Kernel):
                 f"head_dim is {problem.head_dim} and head_dim_v {problem.head_dim_v}; both must "
                 "be at most 256"
             )
-        if max(problem.seqlen_q, problem.seqlen_k) > _MAX_LENGTH:
-            reasons.append(f"lengths must be at most {_MAX_LENGTH}")
+        if max(problem.seqlen_q, problem.seqlen_k) > MAX_LENGTH:
+            reasons.append(f"lengths must be at most {MAX_LENGTH}")
         if "kv_lengths" in problem.features:
             reasons.append("kv_lengths are not done in this kernel")
         return reasons
@@ -86,62 +87,54 @@ class CupyForwardSm80(Kernel):
         """See `Kernel.run`."""
         if inputs.output.numel() == 0:
             return
-        launch = prepare(inputs, cast("ForwardSm80Config", config), self._workers(inputs, config))
-        for index in range(launch.num_passes):
-            grid, params = launch.pass_params(index)
-            self._launch(launch.variant, grid, params, inputs.query.device)
+        own = cast("ForwardSm80Config", config)
+        batch, num_heads, seqlen_q, _ = inputs.query.shape
+        plan = plan_mask(
+            inputs.mask,
+            batch=batch,
+            num_heads=num_heads,
+            seqlen_q=seqlen_q,
+            seqlen_k=inputs.key.shape[2],
+            q_offset=inputs.q_offset,
+            block_q=own.block_q,
+            block_k=own.block_k,
+        )
+        with current_device(inputs.query.device):
+            key = call_key(self, inputs, config)
+            call = plan.calls.get(key)
+            if call is None:
+                prepared = prepare(inputs, plan, own, self._workers(inputs, config))
+                device = inputs.query.device
+                make = functools.partial(self._make_launch, prepared.variant, device)
+                call = plan.keep_call(key, ForwardCall(prepared, make))
+            if cast("ForwardCall", call).run(inputs):
+                plan.captured = True
 
     def _device_reasons(self, problem: AttentionProblem) -> list[str]:
-        if problem.device_type != "cuda":
-            return [f"it runs on CUDA devices; the tensors are on {problem.device_type!r}"]
-        if torch.version.hip is not None:
-            return ["it is CUDA source with NVIDIA's PTX; this torch is built for ROCm"]
-        major, minor = self._capability(problem)
-        if major < 8:
-            return [f"it needs compute capability 8.0; {problem.device} has {major}.{minor}"]
-        missing = loader.nvrtc_problem()
-        return [] if missing is None else [missing]
+        return device_reasons(problem, self._capability)
 
     def _capability(self, problem: AttentionProblem) -> tuple[int, int]:
-        return _device_properties(problem.device).capability
+        return device_properties(problem.device).capability
 
     def _workers(self, inputs: AttentionInputs, config: Config) -> int:
         blocks = cast("ForwardSm80Config", config).blocks_per_sm
-        return blocks * _device_properties(str(inputs.query.device)).num_sms
+        return blocks * device_properties(str(inputs.query.device)).num_sms
 
-    def _launch(self, variant: Variant, grid: int, params: bytes, device: torch.device) -> None:
+    def _make_launch(
+        self, variant: Variant, device: torch.device, arguments: Sequence[bytes]
+    ) -> LaunchLike:
         import cupy
 
-        index = torch.cuda.current_device() if device.index is None else device.index
-        major, minor = _device_properties(str(device)).capability
-        with torch.cuda.device(index):
-            cupy.cuda.runtime.setDevice(index)  # CuPy keeps the current device per thread
-            shared = variant.shared_bytes()
-            program = _program(variant, f"sm_{major}{minor}")
-            function = loader.load_function(program, index, shared)
-            stream = cupy.cuda.ExternalStream(torch.cuda.current_stream(index).cuda_stream)
-            argument = np.frombuffer(params, dtype=_params_dtype())[0]  # passed by value
-            threads = 32 * variant.config.num_warps
-            function((grid,), (threads,), (argument,), shared_mem=shared, stream=stream)
+        cupy.cuda.runtime.setDevice(device.index)  # CuPy keeps the current device per thread
+        major, minor = device_properties(str(device)).capability
+        shared = variant.shared_bytes()
+        function = loader.load_function(
+            _program(variant, f"sm_{major}{minor}"), device.index, shared
+        )
+        threads = 32 * variant.config.num_warps
+        return device_launch(function, arguments, threads, shared, device.index, self.name)
 
 
 @functools.lru_cache(maxsize=1024)
 def _program(variant: Variant, arch: str) -> Program:
     return variant.program(arch)
-
-
-@functools.cache
-def _params_dtype() -> np.dtype[np.void]:
-    return np.dtype((np.void, layout()[1].size))
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _DeviceProperties:
-    capability: tuple[int, int]
-    num_sms: int
-
-
-@functools.cache
-def _device_properties(device: str) -> _DeviceProperties:
-    found = torch.cuda.get_device_properties(device)
-    return _DeviceProperties((found.major, found.minor), found.multi_processor_count)

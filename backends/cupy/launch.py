@@ -1,50 +1,61 @@
-"""What a call passes to the kernel: plan, schedule, scratch memory, the argument of each pass."""
+"""What a call passes to the kernel: schedule, scratch memory, the argument of each pass."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
 from portattn.backends.cupy import config as configs
 from portattn.backends.cupy.params import pack, pointer
-from portattn.plan import plan_mask
+from portattn.plan import to_device
+from portattn.plan.abi import ITEM_FIELDS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from portattn.backends.base import AttentionInputs
     from portattn.backends.cupy.config import ForwardSm80Config, Variant
     from portattn.plan import DevicePlan, DeviceSchedule, Plan, Schedule
 
-_LOG2_E = 1.4426950408889634
-_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+LOG2_E = 1.4426950408889634
+DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+
+
+# The kernel's own kind of variant.
+VariantT = TypeVar("VariantT")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Launch:
-    """Everything that the passes of one call share. Holds the tensors that the pointers are of."""
+class Launch(Generic[VariantT]):
+    """Everything that the passes of one call share, but for what changes from call to call.
 
-    variant: Variant
-    plan: Plan
+    Attributes:
+        variant: which kernel.
+        schedule: of the plan.
+        on_device: the plan's and the schedule's arrays.
+        values: fields of the kernel's argument by name.
+        heads: batch * num_heads.
+        num_passes: launches that the call takes, one after the other.
+        scratch_sizes: floats of piece_output, piece_lse, running_output and running_lse, rounded
+            up so that each starts at a multiple of 16 bytes.
+        num_counters: int32 arrival counters of all heads.
+    """
+
+    variant: VariantT
     schedule: Schedule
     on_device: tuple[DevicePlan, DeviceSchedule]
-    scratch: Mapping[str, torch.Tensor | None]
     values: dict[str, int | float]
     heads: int
-
-    @property
-    def num_passes(self) -> int:
-        """Launches that the call takes, one after the other."""
-        return int(self.plan.num_passes)
+    num_passes: int
+    scratch_sizes: tuple[int, int, int, int]
+    num_counters: int
 
     def pass_params(self, index: int) -> tuple[int, bytes]:
-        """Blocks to launch for a pass, and the kernel's argument."""
-        items = self.on_device[1].items
+        """Blocks to launch for a pass, and the kernel's argument without its scratch memory."""
         per_layout = int(self.schedule.items_per_pass[index])
+        first = int(self.schedule.item_ptr[index])
         self.values.update(
-            items=items.data_ptr() + int(self.schedule.item_ptr[index]) * items.shape[1] * 4,
+            items=self.on_device[1].address("items") + first * ITEM_FIELDS * 4,
             num_items=per_layout,
             continues=int(index > 0),
             last_pass=int(index == self.num_passes - 1),
@@ -52,41 +63,44 @@ class Launch:
         return per_layout * self.heads, pack(self.values)
 
 
-def prepare(inputs: AttentionInputs, config: ForwardSm80Config, workers: int) -> Launch:
-    """Plan and schedule the call, allocate its scratch memory, and fill in the argument.
+def prepare(
+    inputs: AttentionInputs, plan: Plan, config: ForwardSm80Config, workers: int
+) -> Launch[Variant]:
+    """Schedule the call and fill in the argument.
 
     Args:
         inputs: the call.
+        plan: of the call, with the config's block sizes.
         config: feasible for it.
         workers: blocks that run at once on the device.
     """
     query, key, value = inputs.query, inputs.key, inputs.value
-    batch, num_heads, seqlen_q, head_dim = query.shape
-    head_dim_v = value.shape[3]
-    plan = plan_mask(
-        inputs.mask,
-        batch=batch,
-        num_heads=num_heads,
-        seqlen_q=seqlen_q,
-        seqlen_k=key.shape[2],
-        q_offset=inputs.q_offset,
-        block_q=config.block_q,
-        block_k=config.block_k,
-    )
+    batch, num_heads, _, head_dim = query.shape
+    head_dim_v, heads = value.shape[3], batch * num_heads
     schedule = plan.schedule(
         batch=batch, num_heads=num_heads, workers=workers, head_dim_v=head_dim_v
     )
     terms = inputs.softcap != 0, inputs.alibi_slopes is not None, inputs.bias is not None
-    aligned = all(_is_aligned(tensor) for tensor in (query, key, value, inputs.output))
-    variant = configs.variant(_DTYPES[query.dtype], head_dim, head_dim_v, aligned, terms, config)
-    on_device = plan.to(query.device), schedule.to(query.device)
-    scratch = _scratch(plan, schedule, batch * num_heads, head_dim_v, query.device)
-    values = _input_values(inputs) | _plan_values(plan, schedule, on_device, scratch)
-    values["head_group"] = min(config.head_group, batch * num_heads)
-    return Launch(variant, plan, schedule, on_device, scratch, values, batch * num_heads)
+    aligned = all(is_aligned(tensor) for tensor in (query, key, value, inputs.output))
+    variant = configs.variant(
+        DTYPE_NAMES[query.dtype], head_dim, head_dim_v, aligned, terms, config
+    )
+    on_device = to_device(plan, schedule, query.device)
+    values = input_values(inputs) | plan_values(plan, schedule, on_device)
+    values["head_group"] = min(config.head_group, heads)
+    return Launch(
+        variant,
+        schedule,
+        on_device,
+        values,
+        heads,
+        plan.num_passes,
+        scratch_sizes(plan, schedule, heads, head_dim_v),
+        heads * schedule.num_counters,
+    )
 
 
-def _is_aligned(tensor: torch.Tensor) -> bool:
+def is_aligned(tensor: torch.Tensor) -> bool:
     """Every row starts at a multiple of 16 bytes. Strides of size-1 dimensions are never used."""
     unit = 16 // tensor.element_size()
     strides = zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
@@ -95,28 +109,20 @@ def _is_aligned(tensor: torch.Tensor) -> bool:
     )
 
 
-def _scratch(
-    plan: Plan, schedule: Schedule, heads: int, head_dim_v: int, device: torch.device
-) -> dict[str, torch.Tensor | None]:
-    """Workspace of cut rows, and running rows of several passes; None where not needed."""
-
-    def floats(*shape: int) -> torch.Tensor | None:
-        needed = 0 not in shape
-        return torch.empty(shape, dtype=torch.float32, device=device) if needed else None
-
-    rows = plan.seqlen_q if plan.num_passes > 1 else 0
-    counters = heads * schedule.num_counters
-    return {
-        "piece_output": floats(heads, schedule.num_slots, plan.block_q, head_dim_v),
-        "piece_lse": floats(heads, schedule.num_slots, plan.block_q),
-        # Not shared between calls: two streams may run at once.
-        "counters": torch.zeros(counters, dtype=torch.int32, device=device) if counters else None,
-        "running_output": floats(heads, rows, head_dim_v),
-        "running_lse": floats(heads, rows),
-    }
+def scratch_sizes(
+    plan: Plan, schedule: Schedule, heads: int, head_dim_v: int
+) -> tuple[int, int, int, int]:
+    """Floats of piece_output, piece_lse, running_output and running_lse; see `Launch`."""
+    slots = heads * schedule.num_slots * plan.block_q
+    rows = heads * plan.seqlen_q if plan.num_passes > 1 else 0
+    slots_out, slots_lse, rows_out, rows_lse = (
+        -(-count // 4) * 4 for count in (slots * head_dim_v, slots, rows * head_dim_v, rows)
+    )
+    return slots_out, slots_lse, rows_out, rows_lse
 
 
-def _input_values(inputs: AttentionInputs) -> dict[str, int | float]:
+def input_values(inputs: AttentionInputs) -> dict[str, int | float]:
+    """Fields of a kernel's argument that follow from the call's tensors and options alone."""
     batch, num_heads, seqlen_q, head_dim = inputs.query.shape
     scale = abs(inputs.scale) if inputs.scale != 0 else 1.0
     values: dict[str, int | float] = {
@@ -139,7 +145,7 @@ def _input_values(inputs: AttentionInputs) -> dict[str, int | float]:
         # The scale's sign, or that it is 0, goes into the query.
         "query_factor": 0 if inputs.scale == 0 else 1 if inputs.scale > 0 else -1,
         "scale": scale,
-        "scale_log2": scale * _LOG2_E,
+        "scale_log2": scale * LOG2_E,
         "softcap": inputs.softcap,
         "softcap_inverse": scale / inputs.softcap if inputs.softcap != 0 else 0.0,
     }
@@ -164,17 +170,18 @@ def _input_values(inputs: AttentionInputs) -> dict[str, int | float]:
     return values
 
 
-def _plan_values(
+def plan_values(
     plan: Plan,
     schedule: Schedule,
     on_device: tuple[DevicePlan, DeviceSchedule],
-    scratch: Mapping[str, torch.Tensor | None],
 ) -> dict[str, int | float]:
+    """Fields of a kernel's argument that follow from the plan and its schedule."""
     names = ("tiles", "bits", "bit_ranges", "layouts", "layout_ids", "q_ids", "k_ids")
-    values: dict[str, int | float] = {name: pointer(getattr(on_device[0], name)) for name in names}
-    values |= {name: pointer(tensor) for name, tensor in scratch.items()}
+    values: dict[str, int | float] = {name: on_device[0].address(name) for name in names}
+    scratch = ("piece_output", "piece_lse", "counters", "running_output", "running_lse")
+    values |= dict.fromkeys(scratch, 0)
     return values | {
-        "full_list": pointer(on_device[1].full_list),
+        "full_list": on_device[1].address("full_list"),
         "layout_batch": plan.layout_batch,
         "layout_heads": plan.layout_heads,
         "num_slots": schedule.num_slots,

@@ -47,12 +47,16 @@ class Program:
         entry: name of its ``extern "C"`` kernel.
         defines: macro name -> value; sorted, so that equal programs compare equal.
         arch: NVRTC's real architecture, e.g. ``"sm_90"``.
+        headers: file names of the headers that it includes.
+        generated: names and texts of headers that are written for this program.
     """
 
     source: str
     entry: str
     defines: tuple[tuple[str, int], ...]
     arch: str
+    headers: tuple[str, ...] = HEADERS
+    generated: tuple[tuple[str, str], ...] = ()
 
     def options(self) -> tuple[str, ...]:
         """NVRTC's options. ptxas reports registers and spills into the log."""
@@ -123,8 +127,10 @@ def compile_program(program: Program) -> Compiled:
     from cupy.cuda import nvrtc
 
     # The binding wants bytes for headers and their names, str for the rest.
-    headers = [_read(name).encode() for name in HEADERS]
-    names = [name.encode() for name in HEADERS]
+    headers = [_read(name).encode() for name in program.headers]
+    headers += [text.encode() for _, text in program.generated]
+    names = [name.encode() for name in program.headers]
+    names += [name.encode() for name, _ in program.generated]
     handle = nvrtc.createProgram(_read(program.source), program.source, headers, names)
     try:
         try:
@@ -135,7 +141,9 @@ def compile_program(program: Program) -> Compiled:
                 f"NVRTC {nvrtc.getVersion()} cannot compile {program.source} for {program.arch}: "
                 f"{error}\n{log}"
             ) from error
-        return Compiled(bytes(nvrtc.getCUBIN(handle)), str(nvrtc.getProgramLog(handle)))
+        # The binding drops the last byte, a zero; disassemblers then refuse the file.
+        cubin = bytes(nvrtc.getCUBIN(handle)) + b"\0"
+        return Compiled(cubin, str(nvrtc.getProgramLog(handle)))
     finally:
         nvrtc.destroyProgram(handle)
 
@@ -145,8 +153,9 @@ def cache_key(program: Program) -> str:
     from cupy.cuda import nvrtc
 
     digest = hashlib.sha256()
-    parts = (program.source, *HEADERS)
-    for part in (*(_read(name) for name in parts), *program.options(), str(nvrtc.getVersion())):
+    texts = [_read(name) for name in (program.source, *program.headers)]
+    texts += [text for _, text in program.generated]
+    for part in (*texts, *program.options(), str(nvrtc.getVersion())):
         encoded = part.encode()
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
     return digest.hexdigest()

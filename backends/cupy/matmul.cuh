@@ -120,33 +120,6 @@ PA_DEVICE void query_key(Scores& s, const QueryFragments& fragments, const Lane&
     }
 }
 
-// P's accumulator layout is the A operand's: no shuffle is needed.
-PA_DEVICE void weights_value_tensor(Output& o, const Scores& p, const Lane& lane, uint32 value) {
-    const uint32 address = value + chunk_offset<kValuePitch>(lane.lane % 16, lane.lane / 16);
-    PA_UNROLL
-    for (int step = 0; step < kBlockK / 16; ++step) {
-        uint32 a[kRowTiles][4];
-        PA_UNROLL
-        for (int tile = 0; tile < kRowTiles; ++tile) {
-            PA_UNROLL
-            for (int r = 0; r < 4; ++r) {
-                const float* pair = &p[tile][2 * step + r / 2][2 * (r % 2)];
-                a[tile][r] = pack_pair<kDtype == kBfloat16>(pair[0], pair[1]);
-            }
-        }
-        PA_UNROLL
-        for (int pair = 0; pair < kOutTiles / 2; ++pair) {
-            uint32 b[4];
-            ldmatrix_x4_trans(b, other_chunk<kValuePitch>(address, 2 * pair) + 16 * step * kValuePitch);
-            PA_UNROLL
-            for (int tile = 0; tile < kRowTiles; ++tile) {
-                mma_m16n8k16<kDtype == kBfloat16>(o[tile][2 * pair], a[tile], b[0], b[1]);
-                mma_m16n8k16<kDtype == kBfloat16>(o[tile][2 * pair + 1], a[tile], b[2], b[3]);
-            }
-        }
-    }
-}
-
 PA_DEVICE void weights_value_fma(Output& o, const Scores& p, const Lane& lane, uint32 value) {
     const uint32 address = value + 16 * lane.quad;  // of row 0
     PA_UNROLL
@@ -175,14 +148,6 @@ PA_DEVICE void weights_value_fma(Output& o, const Scores& p, const Lane& lane, u
                 }
             }
         }
-    }
-}
-
-PA_DEVICE void weights_value(Output& o, const Scores& p, const Lane& lane, uint32 value) {
-    if constexpr (kTensorCores) {
-        weights_value_tensor(o, p, lane, value);
-    } else {
-        weights_value_fma(o, p, lane, value);
     }
 }
 

@@ -52,7 +52,8 @@ PA_DEVICE void copy_unaligned(uint32 shared, const char* source, int bytes) {
 // become zeros. Asynchronous: the caller commits and waits.
 //
 // Threads fill panels of 128 (or 64) bytes of a row: a thread keeps its place in the panel and walks down the
-// rows by a constant, so that addresses are sums and the swizzle is that of its first row.
+// rows by a constant, so that addresses are sums and the swizzle is that of its first row. Most tiles are
+// whole, and then nothing but the address is computed per copy.
 template <int kRows, int kPitch>
 PA_DEVICE void load_rows(uint32 shared, const char* base, int64 stride_bytes, int first, int step, int limit,
                          int width_bytes) {
@@ -65,6 +66,18 @@ PA_DEVICE void load_rows(uint32 shared, const char* base, int64 stride_bytes, in
     // 64 bits: a stepped tile may reach past 2^31 before it is cut at `limit`.
     int64 position = first + static_cast<int64>(step) * (thread / kPanel);
     const char* source = base + position * stride_bytes + column;
+    const int64 source_step = static_cast<int64>(kRowsPerRound) * step * stride_bytes;
+    if (kAligned && kRows % kRowsPerRound == 0 && width_bytes == kPitch &&
+        first + static_cast<int64>(kRows - 1) * step < limit) {
+        PA_UNROLL
+        for (int row = 0; row < kRows; row += kRowsPerRound) {
+            PA_UNROLL
+            for (int panel = 0; panel < kPanels; ++panel)
+                cp_async_16(target + row * kPitch + 16 * kPanel * panel, source + 16 * kPanel * panel, 16);
+            source += source_step;
+        }
+        return;
+    }
     PA_UNROLL
     for (int row = 0; row < kRows; row += kRowsPerRound) {
         if (kRows % kRowsPerRound != 0 && row + thread / kPanel >= kRows) break;
@@ -82,7 +95,7 @@ PA_DEVICE void load_rows(uint32 shared, const char* base, int64 stride_bytes, in
             }
         }
         position += static_cast<int64>(kRowsPerRound) * step;
-        source += static_cast<int64>(kRowsPerRound) * step * stride_bytes;
+        source += source_step;
     }
 }
 

@@ -19,21 +19,29 @@ _FORMATS = {"long long": "q", "int": "i", "float": "f"}
 
 
 @functools.cache
-def layout() -> tuple[tuple[str, ...], struct.Struct]:
-    """Names of the struct's fields in order, and how they are packed.
+def layout(header: str = "params.cuh") -> tuple[tuple[str, ...], struct.Struct]:
+    """Names of the fields of a header's struct in order, and how they are packed.
 
     8-byte fields come first, so that C's padding is at the end only.
     """
-    fields = _FIELD.findall((SOURCE_DIR / "params.cuh").read_text(encoding="utf-8"))
+    fields = _FIELD.findall((SOURCE_DIR / header).read_text(encoding="utf-8"))
     formats = ["Q" if kind.endswith("*") else _FORMATS[kind] for kind, _ in fields]
     packing = "=" + "".join(formats)
     size = struct.calcsize(packing)
     return tuple(name for _, name in fields), struct.Struct(packing + "x" * (-size % 8))
 
 
-def pack(values: Mapping[str, int | float]) -> bytes:
-    """The struct's bytes; every field must be given."""
+@functools.cache
+def offset_of(name: str) -> int:
+    """Where a field starts in the struct, in bytes."""
     names, packing = layout()
+    count = names.index(name)
+    return struct.calcsize(packing.format[: 1 + count])
+
+
+def pack(values: Mapping[str, int | float], header: str = "params.cuh") -> bytes:
+    """The struct's bytes; every field must be given."""
+    names, packing = layout(header)
     return packing.pack(*[values[name] for name in names])
 
 

@@ -169,6 +169,11 @@ PA_DEVICE uint16 load_half(const uint16* p) { return __ldg(p); }
 // Written by another block of this launch: past the first-level cache.
 PA_DEVICE float load_fresh(const float* p) { return __ldcg(p); }
 
+PA_DEVICE Vec4 load_fresh_vec4(const float* p) {
+    const float4 v = __ldcg(reinterpret_cast<const float4*>(p));
+    return Vec4{v.x, v.y, v.z, v.w};
+}
+
 PA_DEVICE void global_store_words(void* p, uint32 low, uint32 high) {
     *static_cast<uint2*>(p) = make_uint2(low, high);
 }

@@ -92,12 +92,7 @@ PA_DEVICE void mask_by_ids(TileMask& mask, const Params& p, const Lane& lane, co
     }
 }
 
-PA_DEVICE void load_mask(TileMask& mask, const Params& p, const Lane& lane, const Work& work, TileKeys keys,
-                         int same, int other) {
-    if (same != other) {
-        mask_by_ids(mask, p, lane, work, keys, same, other);
-        return;
-    }
+PA_DEVICE void mask_by_bits(TileMask& mask, const Params& p, const Lane& lane, int bit_tile) {
     PA_UNROLL
     for (int tile = 0; tile < kRowTiles; ++tile) {
         PA_UNROLL
@@ -105,8 +100,17 @@ PA_DEVICE void load_mask(TileMask& mask, const Params& p, const Lane& lane, cons
             PA_UNROLL
             for (int word = 0; word < kWords; ++word)
                 mask.words[tile][half][word] =
-                    bit_word(p, same, lane.row(tile, half), word) >> (2 * lane.quad);
+                    bit_word(p, bit_tile, lane.row(tile, half), word) >> (2 * lane.quad);
         }
+    }
+}
+
+PA_DEVICE void load_mask(TileMask& mask, const Params& p, const Lane& lane, const Work& work, TileKeys keys,
+                         int same, int other) {
+    if (same == other) {
+        mask_by_bits(mask, p, lane, same);
+    } else {
+        mask_by_ids(mask, p, lane, work, keys, same, other);
     }
 }
 
@@ -174,49 +178,72 @@ PA_DEVICE float weight_exp2(float x) {
     return exp2_fast(x);
 }
 
-// Scores to weights in place; rescales O. kGuarded: some rows may have kept nothing yet.
+// What the rows of O are multiplied by when their base rises.
+struct RowFactors {
+    float of[kRowTiles][2];
+};
+
+// A row's base, the number that its scores are taken relative to, follows its maximum only when that has
+// outgrown it by this much, in units of log2: weights then stay below 2^8, and O is rarely rescaled.
+constexpr float kMostGrowth = 8.0f;
+
+// For each row: what its O and sum are multiplied by, and -c times its base.
+struct RowShifts {
+    RowFactors factors;
+    float shift[kRowTiles][2];
+};
+
+// The rows' bases (in state.max) for a tile's scores; returns whether one of the warp's has changed, so that
+// O must be rescaled. kGuarded: some rows may have kept nothing yet.
 template <bool kGuarded>
-PA_DEVICE void softmax_step(Scores& s, Output& o, RowState& state, float scale_log2) {
-    const float c = kScoreTerms ? 1.0f : scale_log2;
-    float rescale[kRowTiles][2];
+PA_DEVICE bool raise_bases(const Scores& s, RowState& state, RowShifts& shifts, float c) {
     bool changed = false;
     PA_UNROLL
     for (int tile = 0; tile < kRowTiles; ++tile) {
+        // Two chains for each row, the rows' in turn: one chain alone waits for its own latency.
+        float tops[2][2];
         PA_UNROLL
         for (int half = 0; half < 2; ++half) {
-            float top = state.max[tile][half];
             PA_UNROLL
-            for (int n = 0; n < kKeyTiles; ++n)
-                top = max_f32(top, max_f32(s[tile][n][2 * half], s[tile][n][2 * half + 1]));
-            top = max_f32(top, shuffle_xor(top, 1));
-            top = max_f32(top, shuffle_xor(top, 2));
-            const float base = kGuarded && top == -infinity() ? 0.0f : top;
-            const float factor = weight_exp2((state.max[tile][half] - base) * c);
-            const float shift = -base * c;
-            float sum = 0.0f;
+            for (int e = 0; e < 2; ++e)
+                tops[half][e] = max_f32(s[tile][0][2 * half + e], s[tile][1][2 * half + e]);
+        }
+        PA_UNROLL
+        for (int n = 2; n < kKeyTiles; ++n) {
             PA_UNROLL
-            for (int n = 0; n < kKeyTiles; ++n) {
-                PA_UNROLL
-                for (int e = 0; e < 2; ++e) {
-                    float& score = s[tile][n][2 * half + e];
-                    score = weight_exp2(fma_f32(score, c, shift));
-                    sum += score;
-                }
-            }
-            state.sum[tile][half] = state.sum[tile][half] * factor + sum;
-            state.max[tile][half] = top;
-            rescale[tile][half] = factor;
+            for (int r = 0; r < 4; ++r) tops[r / 2][r % 2] = max_f32(tops[r / 2][r % 2], s[tile][n][r]);
+        }
+        float top[2];
+        PA_UNROLL
+        for (int half = 0; half < 2; ++half) top[half] = max_f32(tops[half][0], tops[half][1]);
+        PA_UNROLL
+        for (int mask = 1; mask < 4; mask *= 2) {
+            PA_UNROLL
+            for (int half = 0; half < 2; ++half) top[half] = max_f32(top[half], shuffle_xor(top[half], mask));
+        }
+        PA_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            const float before = state.max[tile][half];
+            const float after = (top[half] - before) * c > kMostGrowth ? top[half] : before;
+            const float base = kGuarded && after == -infinity() ? 0.0f : after;
+            const float factor = weight_exp2((before - base) * c);
+            shifts.factors.of[tile][half] = factor;
+            shifts.shift[tile][half] = -base * c;
+            state.sum[tile][half] *= factor;
+            state.max[tile][half] = after;
             changed |= factor != 1.0f;
         }
     }
-    // The maximum settles after a few tiles; then no row of the warp needs its O rescaled.
-    if (!warp_any(changed)) return;
+    return warp_any(changed);
+}
+
+PA_DEVICE void rescale_output(Output& o, const RowFactors& rescale) {
     PA_UNROLL
     for (int tile = 0; tile < kRowTiles; ++tile) {
         PA_UNROLL
         for (int n = 0; n < kOutTiles; ++n) {
             PA_UNROLL
-            for (int r = 0; r < 4; ++r) o[tile][n][r] *= rescale[tile][r / 2];
+            for (int r = 0; r < 4; ++r) o[tile][n][r] *= rescale.of[tile][r / 2];
         }
     }
 }

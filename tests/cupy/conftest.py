@@ -9,11 +9,26 @@ EMULATED = {
     "cupy_emulated": ("cpu", "tests.cupy.emulated", "EmulatedForwardSm80", ()),
     "cupy_emulated_reversed": ("cpu", "tests.cupy.emulated", "ReversedForwardSm80", ()),
 }
+EMULATED_SM90 = {
+    "sm90_emulated": ("cpu", "tests.cupy.emulated_sm90", "EmulatedForwardSm90", ()),
+    "sm90_emulated_reversed": ("cpu", "tests.cupy.emulated_sm90", "ReversedForwardSm90", ()),
+    "sm90_emulated_random": ("cpu", "tests.cupy.emulated_sm90", "RandomForwardSm90", ()),
+}
+
+
+def _register(monkeypatch, kernels):
+    for name, entry in kernels.items():
+        monkeypatch.setitem(registry.KERNELS, name, entry)
+    return tuple(kernels)
 
 
 @pytest.fixture
 def emulated_kernels(monkeypatch):
-    """Their names; gone again after the test."""
-    for name, entry in EMULATED.items():
-        monkeypatch.setitem(registry.KERNELS, name, entry)
-    return tuple(EMULATED)
+    """Names of the emulated sm_80 kernels; gone again after the test."""
+    return _register(monkeypatch, EMULATED)
+
+
+@pytest.fixture
+def emulated_sm90(monkeypatch):
+    """Names of the emulated sm_90a kernels; gone again after the test."""
+    return _register(monkeypatch, EMULATED_SM90)

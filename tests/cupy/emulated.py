@@ -5,17 +5,19 @@ import functools
 import subprocess
 import tempfile
 import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from portattn.backends.cuda_launch import Arguments
 from portattn.backends.cupy.config import Variant
 from portattn.backends.cupy.forward_sm80 import CupyForwardSm80
 from portattn.backends.cupy.loader import SOURCE_DIR
 
 HERE = Path(__file__).parent
 CAPABILITY = (8, 6)
-# Orders of emulate_forward.cpp: in sequence with copies at once; all reversed with copies as late
+# Orders of emulator_core.hpp: in sequence with copies at once; all reversed with copies as late
 # as allowed.
 EARLY, LATE = 0, 7
 
@@ -26,24 +28,56 @@ def _build_folder() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="portattn_emulated_")
 
 
+def compile_library(source: str, defines: Mapping[str, int], include: Path) -> Path:
+    """A .cpp file of this folder as a shared library."""
+    name = "_".join(str(value) for value in defines.values())
+    folder = Path(_build_folder().name)
+    path = folder / f"{Path(source).stem}_{zlib.crc32(bytes(include))}_{name}.so"
+    command = ["g++", "-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden"]
+    # _FORTIFY_SOURCE's longjmp refuses to switch stacks.
+    command += [
+        "-U_FORTIFY_SOURCE",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+        "-Wno-psabi",
+    ]
+    # Fragments that a variant reads from shared memory again are declared and never touched.
+    command += ["-Wno-maybe-uninitialized"]
+    command += [f"-I{include}", f"-I{HERE}", *(f"-D{k}={v}" for k, v in defines.items())]
+    command += [str(HERE / source), "-o", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return path
+
+
 @functools.cache
 def library(variant: Variant, sources: Path = SOURCE_DIR) -> ctypes.CDLL:
     """The variant as a shared library, compiled once per process."""
-    name = "_".join(str(value) for _, value in variant.defines())
-    path = Path(_build_folder().name) / f"{zlib.crc32(bytes(sources))}_{name}.so"
-    command = ["g++", "-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden"]
-    # _FORTIFY_SOURCE's longjmp refuses to switch stacks.
-    command += ["-U_FORTIFY_SOURCE", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    # Fragments that a variant reads from shared memory again are declared and never touched.
-    command += ["-Wno-maybe-uninitialized"]
-    command += [f"-I{sources}", f"-I{HERE}", *(f"-D{k}={v}" for k, v in variant.defines())]
-    command += [str(HERE / "emulate_forward.cpp"), "-o", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    path = compile_library("emulate_forward.cpp", dict(variant.defines()), sources)
     loaded = ctypes.CDLL(str(path))
-    loaded.emulate.restype = None
+    loaded.emulate.restype = ctypes.c_char_p
     loaded.emulate.argtypes = [ctypes.c_char_p, ctypes.c_int64] + [ctypes.c_int] * 4
     return loaded
+
+
+class EmulatedLaunch(Arguments):
+    """Launches in the emulator."""
+
+    def __init__(self, kernel, variant: Variant, arguments: Sequence[bytes]) -> None:
+        super().__init__(arguments)
+        self.kernel, self.variant = kernel, variant
+
+    def launch(self, grid: int, stream: int) -> None:
+        """The kernel of the variant, on this thread."""
+        self.kernel.variants.append(self.variant)
+        params = self.read(0)
+        error = library(self.variant, self.kernel.sources).emulate(
+            params, len(params), grid, 32 * self.variant.config.num_warps,
+            self.variant.shared_bytes(), self.kernel.order,
+        )  # fmt: skip
+        assert error is None, error.decode()
 
 
 class EmulatedForwardSm80(CupyForwardSm80):
@@ -66,12 +100,10 @@ class EmulatedForwardSm80(CupyForwardSm80):
     def _workers(self, inputs, config):
         return self.workers
 
-    def _launch(self, variant: Variant, grid: int, params: bytes, device: torch.device) -> None:
-        self.variants.append(variant)
-        threads = 32 * variant.config.num_warps
-        library(variant, self.sources).emulate(
-            params, len(params), grid, threads, variant.shared_bytes(), self.order
-        )
+    def _make_launch(
+        self, variant: Variant, device: torch.device, arguments: Sequence[bytes]
+    ) -> EmulatedLaunch:
+        return EmulatedLaunch(self, variant, arguments)
 
 
 class ReversedForwardSm80(EmulatedForwardSm80):

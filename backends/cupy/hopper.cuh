@@ -1,0 +1,326 @@
+// The sm_90a kernel's shared memory, its barriers, and its producer warp.
+#pragma once
+
+#include "direct_store.cuh"
+
+namespace portattn {
+
+constexpr int kConsumers = PA_CONSUMERS;  // warpgroups of 64 query rows
+constexpr bool kPingPong = PA_PING_PONG;
+constexpr bool kStageApart = PA_STAGE_APART;  // O is stored through shared memory of its own, not over Q
+constexpr int kProducerRegisters = PA_PRODUCER_REGISTERS;
+constexpr int kConsumerRegisters = PA_CONSUMER_REGISTERS;
+constexpr int kMaxSteps = PA_MAX_STEPS;  // distinct key steps above 1 in one pass
+
+#ifndef PA_EARLY
+#define PA_EARLY 2
+#endif
+constexpr int kEarlySteps = PA_EARLY;
+constexpr int kWorkSlots = 2;
+// The next work is asked for so many tiles before the end of the last: finding it takes a few microseconds,
+// and work that is taken too early is missing where blocks run out of it.
+constexpr int kTilesAhead = 4;
+constexpr int kBlockThreads = 128 * (kConsumers + 1);
+constexpr int kPanels = (kHeadDim + 63) / 64;  // of 64 columns, 128 bytes: what a swizzled row holds
+constexpr int kPanelsV = (kHeadDimV + 63) / 64;
+constexpr int kQueryPanelBytes = 64 * 128;
+constexpr int kTilePanelBytes = kBlockK * 128;
+constexpr int kQueryTileBytes = kPanels * kQueryPanelBytes;  // of one consumer
+constexpr int kKeyTileBytes = kPanels * kTilePanelBytes;
+constexpr int kValueTileBytes = kPanelsV * kTilePanelBytes;
+
+static_assert(kNumWarps == 4 * kConsumers && kRowTiles == 1, "a warp takes 16 rows");
+static_assert(kBlockK % 16 == 0 && kBlockK <= 256, "the shapes of wgmma");
+
+// Hardware barriers; 0 is the whole block's.
+enum { kConsumersBarrier = 1, kTurnBarrier = 2, kGroupBarrier = 5 };
+
+// The kernel's second argument. launch_sm90.py packs it.
+struct Hopper {
+    TensorMap query[2];                // rows of the pass's step: whole, ragged (below)
+    TensorMap key[1 + 2 * kMaxSteps];  // step 1; then whole and ragged for each of key_steps
+    TensorMap value[1 + 2 * kMaxSteps];
+    int num_work;     // items of the pass times batch times heads
+    int has_tickets;  // blocks take work one by one, by the two counters behind those of the pieces
+    int key_steps[kMaxSteps + 1];  // above 1; 0 where unused
+};
+
+// Work taken beyond each block's first, and blocks that found none left; both zero between launches.
+PA_DEVICE int* tickets(const Params& p) {
+    return p.counters + static_cast<int64>(p.batch) * p.num_heads * p.num_counters;
+}
+
+// Rows of one residue modulo `step` are one dimension of a map, the residues another. A tensor is a
+// rectangle: where the length is no multiple of the step, the residues below the remainder have one row more
+// and a map of their own. So no row that does not exist is ever read.
+PA_DEVICE bool is_ragged(int residue, int step, int length) { return residue < length % step; }
+
+struct Weights {
+    uint32 a[kBlockK / 16][4];  // P in 16 bits, as wgmma's operand A
+};
+
+template <int kTiles>
+PA_DEVICE void keep_registers(float (&tiles)[1][kTiles][4]) {
+    PA_UNROLL
+    for (int n = 0; n < kTiles; ++n) {
+        PA_UNROLL
+        for (int r = 0; r < 4; ++r) keep_register(tiles[0][n][r]);
+    }
+}
+
+PA_DEVICE void keep_registers(Weights& weights) {
+    PA_UNROLL
+    for (int step = 0; step < kBlockK / 16; ++step) {
+        PA_UNROLL
+        for (int r = 0; r < 4; ++r) keep_register(weights.a[step][r]);
+    }
+}
+
+// Q of each consumer, the stages of K, those of V, where O is staged, then barriers and work.
+struct Shared {
+    uint32 base;
+
+    static constexpr int kKey = kConsumers * kQueryTileBytes;
+    static constexpr int kValue = kKey + kNumStages * kKeyTileBytes;
+    static constexpr int kStage = kValue + kNumStages * kValueTileBytes;
+    static constexpr int kWork = kStage + (kStageApart ? kNumWarps * kStageBytes : 0);
+    static constexpr int kWorkBytes = 80;
+    static constexpr int kBarriers = kWork + kWorkSlots * kWorkBytes + 16;
+    static_assert(kWork % 16 == 0, "work is read 16 bytes at a time");
+
+    PA_DEVICE uint32 query(int consumer) const { return base + consumer * kQueryTileBytes; }
+    PA_DEVICE uint32 key(int stage) const { return base + kKey + stage * kKeyTileBytes; }
+    PA_DEVICE uint32 value(int stage) const { return base + kValue + stage * kValueTileBytes; }
+    PA_DEVICE uint32 stage() const { return base + kStage; }
+    PA_DEVICE uint32 work(int count) const { return base + kWork + count % kWorkSlots * kWorkBytes; }
+    PA_DEVICE uint32 flag() const { return base + kWork + kWorkSlots * kWorkBytes; }
+
+    PA_DEVICE uint32 barrier(int index) const { return base + kBarriers + 8 * index; }
+    PA_DEVICE uint32 work_full(int count) const { return barrier(count % kWorkSlots); }
+    PA_DEVICE uint32 work_empty(int count) const { return barrier(kWorkSlots + count % kWorkSlots); }
+    PA_DEVICE uint32 work_wanted() const { return barrier(2 * kWorkSlots); }
+    PA_DEVICE uint32 query_full(int consumer) const { return barrier(2 * kWorkSlots + 1 + consumer); }
+    PA_DEVICE uint32 query_empty(int consumer) const { return query_full(kConsumers + consumer); }
+    PA_DEVICE uint32 key_full(int stage) const { return query_full(2 * kConsumers + stage); }
+    PA_DEVICE uint32 key_empty(int stage) const { return key_full(kNumStages + stage); }
+    PA_DEVICE uint32 value_full(int stage) const { return key_full(2 * kNumStages + stage); }
+    PA_DEVICE uint32 value_empty(int stage) const { return key_empty(2 * kNumStages + stage); }
+
+    PA_DEVICE void init_barriers() const {
+        PA_UNROLL
+        for (int slot = 0; slot < kWorkSlots; ++slot) {
+            mbarrier_init(work_full(slot), 1);
+            mbarrier_init(work_empty(slot), kNumWarps + 1);
+        }
+        mbarrier_init(work_wanted(), 1);
+        PA_UNROLL
+        for (int consumer = 0; consumer < kConsumers; ++consumer) {
+            mbarrier_init(query_full(consumer), 1);
+            mbarrier_init(query_empty(consumer), 1);
+        }
+        PA_UNROLL
+        for (int stage = 0; stage < kNumStages; ++stage) {
+            mbarrier_init(key_full(stage), 1);
+            mbarrier_init(value_full(stage), 1);
+            mbarrier_init(key_empty(stage), kConsumers);
+            mbarrier_init(value_empty(stage), kConsumers);
+        }
+        mbarrier_init_fence();
+    }
+};
+
+PA_DEVICE Shared this_shared() { return Shared{(shared_base() + 1023u) & ~1023u}; }
+
+PA_DEVICE int num_tiles(const Item& item) { return item.tile_end - item.tile_begin + item.full_count; }
+
+static_assert(sizeof(Work) == Shared::kWorkBytes, "20 ints");
+
+// Work travels from the scheduler warp to all others through two slots.
+PA_DEVICE void wait_for_work(const Shared& shared, int count) {
+    mbarrier_wait(shared.work_full(count), (count / kWorkSlots) & 1);
+}
+
+PA_DEVICE Work read_work(const Shared& shared, int count) {
+    const uint32 slot = shared.work(count);
+    Work work;
+    int* fields = &work.batch;
+    PA_UNROLL
+    for (int n = 0; n < Shared::kWorkBytes / 16; ++n) {
+        uint32 words[4];
+        shared_load_words(words, slot + 16 * n);
+        PA_UNROLL
+        for (int t = 0; t < 4; ++t) fields[4 * n + t] = static_cast<int>(words[t]);
+    }
+    return work;
+}
+
+PA_DEVICE void release_work(const Shared& shared, int count, int lane) {
+    warp_barrier();
+    if (lane == 0) mbarrier_arrive(shared.work_empty(count));
+}
+
+// Rows that are not stored directly go through shared memory, over Q where there is no other.
+PA_DEVICE bool stages_over_query(const Params& p) { return !kStageApart && !stores_directly(p); }
+
+// The producer warp: what all its lanes know. Lane 0 starts the copies.
+struct Producer {
+    const Params& p;
+    const Hopper& hopper;
+    const Shared& shared;
+    const int lane;
+    int tile;        // tiles begun since the kernel started
+    int query;       // Q tiles, likewise
+    TileKeys chunk;  // of tile 32*n + lane of the item
+
+    PA_DEVICE TileKeys keys(const Work& work, int index) {
+        if (index % 32 == 0) chunk = tile_keys(p, work.item, index + lane);
+        return TileKeys{shuffle_int(chunk.start, index % 32), shuffle_int(chunk.step, index % 32)};
+    }
+
+    PA_DEVICE int map_of(TileKeys keys) const {
+        if (kMaxSteps == 0 || keys.step == 1) return 0;
+        int which = 0;
+        PA_UNROLL
+        for (int n = 0; n < kMaxSteps; ++n)
+            if (hopper.key_steps[n] == keys.step) which = 1 + 2 * n;
+        return which + (is_ragged(keys.start % keys.step, keys.step, p.seqlen_k) ? 1 : 0);
+    }
+
+    template <int kCount>
+    PA_DEVICE void load_tile(const TensorMap* maps, uint32 target, uint32 full, const Work& work,
+                             TileKeys keys) const {
+        const TensorMap* map = maps + map_of(keys);
+        const int row = kMaxSteps == 0 ? keys.start : keys.start / keys.step;
+        const int residue = kMaxSteps == 0 ? 0 : keys.start % keys.step;
+        mbarrier_arrive_expect(full, kCount * kTilePanelBytes);
+        PA_UNROLL
+        for (int panel = 0; panel < kCount; ++panel)
+            copy_box(target + panel * kTilePanelBytes, map, full, 64 * panel, row, residue,
+                     work.head / p.group_size, work.batch);
+    }
+
+    // All lanes pass a wait before lane 0 starts what ends the next phase: a late one would wait for a later
+    // phase than it means.
+    PA_DEVICE void wait_all(uint32 barrier, int uses) const {
+        mbarrier_wait(barrier, (uses & 1) ^ 1);
+        warp_barrier();
+    }
+
+    PA_DEVICE void load_key(const Work& work, TileKeys keys, int number) const {
+        const int stage = number % kNumStages;
+        wait_all(shared.key_empty(stage), number / kNumStages);
+        if (lane == 0) load_tile<kPanels>(hopper.key, shared.key(stage), shared.key_full(stage), work, keys);
+    }
+
+    PA_DEVICE void load_value(const Work& work, TileKeys keys, int number) const {
+        const int stage = number % kNumStages;
+        wait_all(shared.value_empty(stage), number / kNumStages);
+        if (lane == 0)
+            load_tile<kPanelsV>(hopper.value, shared.value(stage), shared.value_full(stage), work, keys);
+    }
+
+    PA_DEVICE void load_query(const Work& work) {
+        const int step = work.item.q_step;
+        const int residue = work.item.q_start % step;
+        const TensorMap* map = hopper.query + (is_ragged(residue, step, p.seqlen_q) ? 1 : 0);
+        PA_UNROLL
+        for (int consumer = 0; consumer < kConsumers; ++consumer) {
+            wait_all(shared.query_empty(consumer), query);
+            if (lane != 0) continue;
+            if (num_tiles(work.item) == 0) {  // the buffer alone is wanted
+                mbarrier_arrive(shared.query_full(consumer));
+                continue;
+            }
+            mbarrier_arrive_expect(shared.query_full(consumer), kQueryTileBytes);
+            PA_UNROLL
+            for (int panel = 0; panel < kPanels; ++panel)
+                copy_box(shared.query(consumer) + panel * kQueryPanelBytes, map, shared.query_full(consumer),
+                         64 * panel, work.item.q_start / step + 64 * consumer, residue, work.head,
+                         work.batch);
+        }
+        ++query;
+    }
+
+    // K runs one tile ahead of V, as the consumers do.
+    PA_DEVICE void load_tiles(const Work& work) {
+        const int total = warp_uniform(num_tiles(work.item));
+        const int ask = total > kTilesAhead ? total - kTilesAhead : 0;
+        TileKeys before{0, 1};
+#pragma unroll 1
+        for (int n = 0; n <= total; ++n) {
+            if (n == ask && lane == 0) mbarrier_arrive(shared.work_wanted());
+            const TileKeys now = keys(work, n);
+            if (n < total) load_key(work, now, tile + n);
+            if (n == 0 && (total > 0 || stages_over_query(p))) load_query(work);
+            if (n > 0) load_value(work, before, tile + n - 1);
+            before = now;
+        }
+        tile += total;
+    }
+};
+
+PA_DEVICE void produce(const Params& p, const Hopper& hopper, const Shared& shared) {
+    Producer producer{p, hopper, shared, thread_index() % 32, 0, 0, {0, 1}};
+    if (producer.lane == 0) {
+        prefetch_tensor_map(hopper.query);
+        prefetch_tensor_map(hopper.key);
+        prefetch_tensor_map(hopper.value);
+    }
+#pragma unroll 1
+    for (int count = 0;; ++count) {
+        wait_for_work(shared, count);
+        const Work work = read_work(shared, count);
+        if (warp_uniform(work.batch_head) < 0) return;
+        producer.load_tiles(work);
+        release_work(shared, count, producer.lane);
+    }
+}
+
+// The scheduler warp finds the block's next work whenever the producer asks for it.
+PA_DEVICE int next_index(const Params& p, const Hopper& hopper, int index, int lane) {
+    if (!hopper.has_tickets) return index + grid_blocks();
+    int taken = 0;
+    if (lane == 0) taken = atomic_add(tickets(p), 1);
+    return grid_blocks() + warp_uniform(taken);
+}
+
+// The last block to find nothing left clears the tickets for the next launch.
+PA_DEVICE void hand_back_tickets(const Params& p, const Hopper& hopper) {
+    if (!hopper.has_tickets || atomic_add(tickets(p) + 1, 1) != grid_blocks() - 1) return;
+    tickets(p)[0] = 0;
+    tickets(p)[1] = 0;
+}
+
+PA_DEVICE void send_work(const Work& work, const Shared& shared, int count, int lane) {
+    mbarrier_wait(shared.work_empty(count), ((count / kWorkSlots) & 1) ^ 1);
+    warp_barrier();  // as in Producer::wait_all
+    if (lane != 0) return;
+    const int* fields = &work.batch;
+    PA_UNROLL
+    for (int n = 0; n < Shared::kWorkBytes / 4; ++n) shared_store_int(shared.work(count) + 4 * n, fields[n]);
+    mbarrier_arrive(shared.work_full(count));
+}
+
+PA_DEVICE void schedule(const Params& p, const Hopper& hopper, const Shared& shared) {
+    const int lane = thread_index() % 32;
+    int index = block_index();
+#pragma unroll 1
+    for (int count = 0;; ++count) {
+        Work work{};
+        work.batch_head = -1;  // the end
+        while (index < hopper.num_work) {
+            work = find_work(p, index);
+            if (work.item.num_rows != 0) break;
+            work.batch_head = -1;  // padding
+            index = next_index(p, hopper, index, lane);
+        }
+        send_work(work, shared, count, lane);
+        if (work.batch_head < 0) break;
+        mbarrier_wait(shared.work_wanted(), count & 1);
+        warp_barrier();  // as in Producer::wait_all
+        index = next_index(p, hopper, index, lane);
+    }
+    if (lane == 0) hand_back_tickets(p, hopper);
+}
+
+}  // namespace portattn
