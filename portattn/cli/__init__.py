@@ -38,6 +38,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "verify",
         "Compare every kernel with the float64 reference, case by case.",
     ),
+    "bench": (
+        "portattn.cli.bench",
+        "bench",
+        "Measure kernels beside SDPA, FlexAttention and flash-attn-4.",
+    ),
     "demo": (
         "portattn.cli.demo",
         "demo",

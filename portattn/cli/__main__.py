@@ -2,4 +2,5 @@
 
 from portattn.cli import main
 
-main()
+if __name__ == "__main__":  # benchmarks start processes that import this module
+    main()

@@ -1,0 +1,260 @@
+"""What one would use without portattn: SDPA, FlexAttention, flash-attn-4.
+
+Every function makes one contender for a row or raises: NotApplicableError where the peer has no
+way to compute the row, anything else where it fails. Nothing falls back in silence.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from portattn.bench.contender import Call, Contender, NotApplicableError
+from portattn.bench.patterns import KINDS, document_ends, document_ids, documents_mod
+from portattn.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+    from portattn.bench.data import Data
+    from portattn.bench.patterns import MaskMod
+
+MASK_TENSOR_LIMIT = 16384  # longest side of a bool mask given to SDPA
+_COMPILE_BLOCK_MASK_FROM = 16384  # shorter ones are faster made eagerly than compiled
+
+
+def _sdpa(data: Data, name: str, backend: SDPBackend | None) -> Contender:
+    """SDPA through one of its backends; None: the one that torch chooses."""
+    workload = data.workload
+    if backend is None and data.device.type == "cuda" and workload.metric != "host":
+        raise NotApplicableError("its backends take part by name")
+    if not workload.pattern.is_dense:
+        raise NotApplicableError("SDPA has this mask only as a tensor")
+    arguments: dict[str, Any] = {
+        "is_causal": workload.pattern.kind == "causal",
+        "enable_gqa": data.is_grouped,
+    }
+    if workload.lengths == "random" and data.kv_lengths is not None:
+        keys = torch.arange(workload.seqlen_k, device=data.device)
+        arguments["attn_mask"] = (keys < data.kv_lengths[:, None])[:, None, None, :]
+    return Contender(name, False, _sdpa_call(data, backend, arguments))
+
+
+def _sdpa_call(data: Data, backend: SDPBackend | None, arguments: dict[str, Any]) -> Call:
+    query, key, value = data.query, data.key, data.value
+
+    def call() -> torch.Tensor:
+        return scaled_dot_product_attention(query, key, value, **arguments)
+
+    def call_with_backend() -> torch.Tensor:
+        with sdpa_kernel(backend):  # type: ignore[arg-type]
+            return scaled_dot_product_attention(query, key, value, **arguments)
+
+    return call if backend is None else call_with_backend
+
+
+def _sdpa_mask(data: Data, name: str) -> Contender:
+    """SDPA with the mask as a bool tensor, made once and not timed."""
+    workload = data.workload
+    if data.mask is None or workload.pattern.kind == "causal":
+        raise NotApplicableError("SDPA needs no mask tensor here")
+    if workload.seqlen_k > MASK_TENSOR_LIMIT:
+        raise NotApplicableError(
+            f"a mask tensor of {workload.seqlen_k} squared is not made (limit {MASK_TENSOR_LIMIT})"
+        )
+    dense = data.mask.to_dense(workload.seqlen_q, workload.seqlen_k, 0).to(data.device)
+    return Contender(name, False, _sdpa_call(data, None, {"attn_mask": dense}))
+
+
+def allow_many_compiles() -> None:
+    """Lift Dynamo's limits: past them FlexAttention falls back to an unfused path; now it raises.
+
+    Raises:
+        ConfigError: this torch has no such settings.
+    """
+    from torch._dynamo import config
+
+    wanted = {
+        "recompile_limit": 1000,
+        "accumulated_recompile_limit": 10000,
+        "fail_on_recompile_limit_hit": True,
+    }
+    for name, value in wanted.items():
+        if not hasattr(config, name):
+            raise ConfigError(f"torch {torch.__version__} has no torch._dynamo.config.{name}")
+        setattr(config, name, value)
+
+
+def _block_mask(data: Data, mask_mod: MaskMod, block: int) -> BlockMask:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    workload = data.workload
+    is_long = workload.seqlen_q * workload.seqlen_k >= _COMPILE_BLOCK_MASK_FROM**2
+    batch = workload.batch if data.kv_lengths is not None else None
+    return create_block_mask(
+        mask_mod, batch, None, workload.seqlen_q, workload.seqlen_k, device=str(data.device),
+        BLOCK_SIZE=block, _compile=is_long,
+    )  # fmt: skip
+
+
+def _flex(data: Data, name: str, kernel_options: dict[str, Any] | None = None) -> Contender:
+    """Compiled FlexAttention, its block mask made before."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    allow_many_compiles()
+    workload = data.workload
+    details: dict[str, Any] = {}
+    block = 128
+    if KINDS[workload.pattern.kind].block != block:
+        details["note"] = (
+            f"block mask of {block}: FlexAttention fails with {KINDS[workload.pattern.kind].block}"
+        )
+    mask_mod = workload.pattern.mask_mod(workload.seqlen_k, data.device)
+    lengths = data.kv_lengths
+    if workload.lengths == "random" and lengths is not None:
+        mask_mod = lambda b, h, i, j: j < lengths[b]  # noqa: E731
+    block_mask = None if mask_mod is None else _block_mask(data, mask_mod, block)
+    # One compiled function per contender; the caller resets Dynamo after the row.
+    compiled = torch.compile(flex_attention, dynamic=False)
+    options: dict[str, Any] = {"enable_gqa": data.is_grouped}
+    if kernel_options is not None:
+        options["kernel_options"] = kernel_options
+
+    def call(blocks: BlockMask | None = block_mask) -> torch.Tensor:
+        output: torch.Tensor = compiled(
+            data.query, data.key, data.value, block_mask=blocks, **options
+        )
+        return output
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's own deprecations
+        call()
+    fresh = _fresh_flex(data, call) if workload.pattern.is_documents else None
+    return Contender(name, False, call, details=details, fresh=fresh)
+
+
+def _fresh_flex(
+    data: Data, call: Callable[[BlockMask], torch.Tensor]
+) -> Callable[[int], torch.Tensor]:
+    """A new block mask, then the call; the ids change in place, so that nothing recompiles."""
+    pattern, length = data.workload.pattern, data.workload.seqlen_k
+    ids = document_ids(document_ends(length, pattern.values[0], 0)).to(data.device)
+    mask_mod = documents_mod(ids, pattern.kind == "causal_documents")
+
+    def fresh(seed: int) -> torch.Tensor:
+        ids.copy_(document_ids(document_ends(length, pattern.values[0], seed)))
+        return call(_block_mask(data, mask_mod, 128))
+
+    return fresh
+
+
+def _flash_attn_4(data: Data, name: str) -> Contender:
+    """flash-attn-4's CuTe DSL kernels: dense, causal, window, packed documents, KV lengths."""
+    if importlib.util.find_spec("flash_attn") is None:
+        raise NotApplicableError("not installed: pip install --pre flash-attn-4")
+    module = importlib.import_module("flash_attn.cute")
+    flash_attn_func, flash_attn_varlen_func = (
+        module.flash_attn_func,
+        module.flash_attn_varlen_func,
+    )
+
+    workload = data.workload
+    kind, values = workload.pattern.kind, workload.pattern.values
+    query, key, value = data.bshd
+    if workload.pattern.is_documents:
+        return _flash_attn_documents(data, name, flash_attn_varlen_func)
+    if data.kv_lengths is not None:
+        run = functools.partial(
+            flash_attn_varlen_func, query, key, value, seqused_k=data.kv_lengths
+        )
+    elif kind in ("full", "causal"):
+        run = functools.partial(flash_attn_func, query, key, value, causal=kind == "causal")
+    elif kind == "sliding_window":
+        run = functools.partial(flash_attn_func, query, key, value, window_size=(values[0] - 1, 0))
+    else:
+        raise NotApplicableError("flash-attn-4 has no such mask")
+    return Contender(name, False, lambda: _first(run()), layout="bshd")
+
+
+def _flash_attn_documents(data: Data, name: str, function: Callable[..., Any]) -> Contender:
+    pattern, length = data.workload.pattern, data.workload.seqlen_k
+    query, key, value = (tensor[0] for tensor in data.bshd)
+
+    def run(ends: torch.Tensor) -> torch.Tensor:
+        longest, ends = int(ends.diff().max()), ends.to(data.device, non_blocking=True)
+        return run_on_device(ends, longest)
+
+    def run_on_device(ends: torch.Tensor, longest: int) -> torch.Tensor:
+        result = function(
+            query, key, value, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=longest,
+            max_seqlen_k=longest, causal=pattern.kind == "causal_documents",
+        )  # fmt: skip
+        return _first(result)[None]
+
+    ends = document_ends(length, pattern.values[0], 0)
+    longest, there = int(ends.diff().max()), ends.to(data.device)
+    return Contender(
+        name,
+        False,
+        lambda: run_on_device(there, longest),
+        layout="bshd",
+        fresh=lambda seed: run(document_ends(length, pattern.values[0], seed)),
+    )
+
+
+def _first(result: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The output of a call that may return the LSE beside it."""
+    output: torch.Tensor = result[0] if isinstance(result, tuple) else result
+    return output
+
+
+_FLASH = {"BACKEND": "FLASH"}
+Make = Callable[["Data", str], Contender]
+_GPU: dict[str, Make] = {
+    "sdpa": lambda data, name: _sdpa(data, name, None),
+    "sdpa_flash": lambda data, name: _sdpa(data, name, SDPBackend.FLASH_ATTENTION),
+    "sdpa_cudnn": lambda data, name: _sdpa(data, name, SDPBackend.CUDNN_ATTENTION),
+    "sdpa_efficient": lambda data, name: _sdpa(data, name, SDPBackend.EFFICIENT_ATTENTION),
+    "flash_attn_4": _flash_attn_4,
+    "flex": _flex,
+    "flex_flash_attn_4": lambda data, name: _flex(data, name, _FLASH),
+}
+_CPU: dict[str, Make] = {
+    "sdpa": lambda data, name: _sdpa(data, name, None),
+    "sdpa_mask": _sdpa_mask,
+    "flex": _flex,
+}
+
+
+def peer_names(device_type: str, chosen: list[str] | None = None) -> list[str]:
+    """Peers to run on a device type; default all of them.
+
+    Raises:
+        ConfigError: a name is not a peer there.
+    """
+    known = _CPU if device_type == "cpu" else _GPU
+    for name in chosen or ():
+        if name not in known:
+            raise ConfigError(
+                f"peer is {name!r}; on {device_type} it must be one of {', '.join(known)}, or none"
+            )
+    return [name for name in known if chosen is None or name in chosen]
+
+
+def peer(name: str, data: Data) -> Contender:
+    """A peer for a row."""
+    # A pool of compilers inside each process would only be in the way of the warm-up's.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    # flash-attn-4 then keeps compiled kernels on disk, where the warm-up's processes put them.
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    known = _CPU if data.device.type == "cpu" else _GPU
+    return known[name](data, name)
