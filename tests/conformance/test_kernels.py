@@ -11,7 +11,7 @@ CPU_KERNELS = [
 ]
 # What a kernel may refuse on its own kind of device, by a word of the reason. All else it must
 # compute.
-MAY_REFUSE = {"cpu_decode": "seqlen_q"}
+MAY_REFUSE = {"cpu_decode": "seqlen_q", "triton_decode": "forward kernel"}
 
 
 def run(kernel, case, device):

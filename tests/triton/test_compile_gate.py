@@ -18,6 +18,7 @@ CEILINGS = json.loads((FOLDER / "compile_ceilings.json").read_text())
 MATRIX_UNITS = {
     "sm_80": "mma.sync",
     "sm_86": "mma.sync",
+    "sm_89": "mma.sync",
     "sm_90": "wgmma.mma_async",
     "sm_100": "tcgen05.mma",
     "sm_120": "mma.sync",
@@ -26,8 +27,8 @@ MATRIX_UNITS = {
     "gfx950": "v_mfma",
 }
 # What every run compiles; the rest is slow. All score terms, ids, cut rows and a later pass: once
-# per vendor's oldest and newest.
-QUICK = {arch: ["dense_d128"] for arch in MATRIX_UNITS}
+# per vendor's oldest and newest. sm_89 has the limits and instructions of sm_86.
+QUICK = {arch: ["dense_d128"] for arch in MATRIX_UNITS if arch != "sm_89"}
 QUICK["sm_80"] = QUICK["sm_90"] = ["dense_d128", "rich_d64"]
 
 

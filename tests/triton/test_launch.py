@@ -43,21 +43,6 @@ def test_no_descriptor_where_the_copy_engine_cannot_read():
     assert geometry.descriptor_layout(tensor[:1, :, :1], 8)[1] == [9600, 3200, 9600, 1]
 
 
-def test_counters_are_kept_and_bounded(monkeypatch):
-    monkeypatch.setattr(launch, "_counters", type(launch._counters)())
-    device = torch.device("cpu")
-    first = launch.arrival_counters(device, 5)
-    assert first.numel() >= 5
-    assert not first.any()
-    assert launch.arrival_counters(device, 3) is first
-    assert launch.arrival_counters(device, 1000).numel() >= 1000
-    for index in range(3 * launch._MAX_COUNTER_STREAMS):
-        launch._counters[(device, index + 1)] = first
-    launch._counters.pop((device, 0))
-    launch.arrival_counters(device, 1)
-    assert len(launch._counters) == launch._MAX_COUNTER_STREAMS
-
-
 def variants(problem, mask, config):
     """The compiler's keys of a call's launches, as the launcher on an H100 would compute them."""
     found = []
@@ -118,3 +103,38 @@ def test_passes_have_a_closed_list_of_variants():
             keys.update(variants(problem, masks.sparse_transformer_strided(stride), config))
     # First pass or last, stepped keys or not, rows cut or whole.
     assert len(keys) <= 8
+
+
+@pytest.mark.parametrize(
+    "masks_of",
+    [
+        lambda new: masks.causal(),
+        lambda new: masks.sliding_window(300 if new else 200),
+        lambda new: masks.longformer(200 if new else 64, 40 if new else 3),
+        lambda new: masks.bigbird(32, 2, 3, 1, seed=int(new)),
+        lambda new: masks.sparse_transformer_strided(24 if new else 8),
+        lambda new: masks.sparse_transformer_fixed(100 if new else 64),
+        lambda new: (
+            masks.causal() & (masks.local(63, 0) | masks.KeyModulo(96 if new else 80, 0, 1))
+        ),
+        lambda new: masks.documents([0, 90, 333, 2000] if new else [0, 100, 2000]),
+        lambda new: masks.documents([0, 90, 333, 2000] if new else [0, 50, 2000]) & masks.causal(),
+    ],
+)
+def test_a_new_mask_of_a_known_form_compiles_nothing(masks_of):
+    config = TritonForwardConfig(64, 64, 4, 3, 2, True)
+
+    def keys(new, lengths):
+        return {
+            key
+            for seqlen in lengths
+            for key in variants(
+                AttentionProblem("cuda", "float16", 1, 2, 2, seqlen, seqlen, 64, 64),
+                masks_of(new),
+                config,
+            )
+        }
+
+    # Short enough for whole rows, long enough for cut ones.
+    known = keys(False, (150, 1024))
+    assert keys(True, (130, 700, 1111, 1900)) <= known
