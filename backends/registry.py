@@ -12,6 +12,20 @@ if TYPE_CHECKING:
 
 # kernel name -> (backend, module, class, packages that must be installed). First is preferred.
 KERNELS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
+    "triton_decode": ("triton", "portattn.backends.triton.decode", "TritonDecode", ("triton",)),
+    "cupy_decode": ("cupy", "portattn.backends.cupy.decode", "CupyDecode", ("cupy",)),
+    "cupy_forward_sm90": (
+        "cupy",
+        "portattn.backends.cupy.forward_sm90",
+        "CupyForwardSm90",
+        ("cupy",),
+    ),
+    "triton_forward_hopper": (
+        "triton",
+        "portattn.backends.triton.forward_hopper",
+        "TritonForwardHopper",
+        ("triton",),
+    ),
     "triton_forward": ("triton", "portattn.backends.triton.forward", "TritonForward", ("triton",)),
     "cupy_forward_sm80": (
         "cupy",

@@ -89,7 +89,7 @@ def example_inputs(problem: AttentionProblem, device: str = "meta") -> Attention
         lse=empty(b, hq, sq, dtype=torch.float32) if has("lse") else None,
         mask=None,
         q_offset=0,
-        kv_lengths=None,
+        kv_lengths=empty(b, dtype=torch.int32) if has("kv_lengths") else None,
         scale=1.0,
         softcap=30.0 if has("softcap") else 0.0,
         alibi_slopes=empty(hq, dtype=torch.float32) if has("alibi") else None,
@@ -180,17 +180,19 @@ def compile_forward(
         last=last,
     )
     signature, constants = _signature(inputs, variant, problem.dtype)
-    options = {
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-        "enable_fp_fusion": True,
-    }
-    started = time.perf_counter()
-    made = triton.compile(
+    return compile_for(
         ASTSource(forward_kernel, signature, constants, {}),
-        target=target_of(arch),
-        options=options,
+        arch,
+        config.num_warps,
+        config.num_stages,
     )
+
+
+def compile_for(source: ASTSource, arch: str, num_warps: int, num_stages: int) -> Compiled:
+    """Compile a kernel for an architecture, with the options of every launch."""
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    started = time.perf_counter()
+    made = triton.compile(source, target=target_of(arch), options=options)
     seconds = time.perf_counter() - started
     if "cubin" in made.asm:
         registers, spill_bytes = _cubin_usage(made.asm["cubin"])

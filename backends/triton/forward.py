@@ -8,6 +8,7 @@ import torch
 import triton
 
 from portattn.backends.base import AttentionInputs, Config, ConfigValue, Kernel
+from portattn.backends.repeated import call_key, current_device
 from portattn.backends.triton import config as configs
 from portattn.backends.triton import forward_kernel, geometry, launch, limits, primitives, variant
 from portattn.backends.triton.config import TritonForwardConfig
@@ -23,6 +24,30 @@ _MAX_HEAD_DIM = 256
 _OLDEST_TRITON = (3, 6)
 
 
+def device_reasons(problem: AttentionProblem) -> list[str]:
+    """What no kernel of plain Triton can run: by dtype, widths, gradients, Triton and device."""
+    reasons = []
+    if problem.dtype not in ("float16", "bfloat16", "float32"):
+        reasons.append(f"it computes float16, bfloat16 and float32, not {problem.dtype}")
+    for name, value in (("head_dim", problem.head_dim), ("head_dim_v", problem.head_dim_v)):
+        if not 1 <= value <= _MAX_HEAD_DIM:
+            reasons.append(f"{name} is {value}; it computes 1 to {_MAX_HEAD_DIM}")
+    if "grad" in problem.features:
+        reasons.append("it has no backward")
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < _OLDEST_TRITON:
+        reasons.append(f"it needs triton 3.6 or later; {triton.__version__} is installed")
+    if problem.device_type != "cuda":
+        reasons.append(f"it runs on GPUs; the tensors are on {problem.device_type}")
+    elif not torch.cuda.is_available():
+        reasons.append("torch sees no GPU")
+    else:
+        found = device_limits(problem.device)
+        if not found.is_amd and found.capability < 80:
+            reasons.append(f"it needs sm_80 or later; the device is {found.arch}")
+    return reasons
+
+
 class TritonForward(Kernel):
     """Any plan on any GPU that Triton compiles for; the result never depends on timing."""
 
@@ -32,29 +57,11 @@ class TritonForward(Kernel):
 
     def unsupported_reasons(self, problem: AttentionProblem) -> list[str]:
         """See Kernel."""
-        reasons = []
-        if problem.dtype not in ("float16", "bfloat16", "float32"):
-            reasons.append(f"it computes float16, bfloat16 and float32, not {problem.dtype}")
-        for name, value in (("head_dim", problem.head_dim), ("head_dim_v", problem.head_dim_v)):
-            if not 1 <= value <= _MAX_HEAD_DIM:
-                reasons.append(f"{name} is {value}; it computes 1 to {_MAX_HEAD_DIM}")
+        reasons = device_reasons(problem)
         if "kv_lengths" in problem.features:
             reasons.append(
                 "it has no kv_lengths: its plans are made for lengths that the host knows"
             )
-        if "grad" in problem.features:
-            reasons.append("it has no backward")
-        version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-        if version < _OLDEST_TRITON:
-            reasons.append(f"it needs triton 3.6 or later; {triton.__version__} is installed")
-        if problem.device_type != "cuda":
-            reasons.append(f"it runs on GPUs; the tensors are on {problem.device_type}")
-        elif not torch.cuda.is_available():
-            reasons.append("torch sees no GPU")
-        else:
-            found = device_limits(problem.device)
-            if not found.is_amd and found.capability < 80:
-                reasons.append(f"it needs sm_80 or later; the device is {found.arch}")
         return reasons
 
     def default_config(self, problem: AttentionProblem) -> Config:
@@ -85,6 +92,8 @@ class TritonForward(Kernel):
 
     def run(self, inputs: AttentionInputs, config: Config) -> None:
         """See Kernel."""
+        if inputs.output.numel() == 0:
+            return
         own = cast("TritonForwardConfig", config)
         batch, num_heads, seqlen_q, head_dim = inputs.query.shape
         device = inputs.query.device
@@ -98,24 +107,28 @@ class TritonForward(Kernel):
             block_q=own.block_q,
             block_k=own.block_k,
         )
-        schedule = plan.schedule(
-            batch=batch,
-            num_heads=num_heads,
-            workers=configs.workers_of(
-                head_dim,
-                inputs.value.shape[3],
-                inputs.query.element_size(),
-                own,
-                device_limits(str(device)),
-            ),
-            head_dim_v=max(16, limits.next_power_of_2(inputs.value.shape[3])),
-            min_piece=own.min_piece,
-        )
-        if device.index == torch.cuda.current_device():
-            launch.launch_forward(inputs, plan, schedule, own)
-        else:
-            with torch.cuda.device(device):
-                launch.launch_forward(inputs, plan, schedule, own)
+        with current_device(device):
+            key = call_key(self, inputs, config)
+            call = plan.calls.get(key)
+            if call is None:
+                workers = configs.workers_of(
+                    head_dim,
+                    inputs.value.shape[3],
+                    inputs.query.element_size(),
+                    own,
+                    device_limits(str(device)),
+                )
+                schedule = plan.schedule(
+                    batch=batch,
+                    num_heads=num_heads,
+                    workers=workers,
+                    head_dim_v=max(16, limits.next_power_of_2(inputs.value.shape[3])),
+                    min_piece=own.min_piece,
+                )
+                made = launch.ForwardCall(inputs, plan, schedule, own)
+                call = plan.keep_call(key, made)
+            if cast("launch.ForwardCall", call).run(inputs):
+                plan.captured = True
 
     def source_files(self) -> Sequence[str]:
         """See Kernel."""

@@ -1,17 +1,14 @@
-"""What a call's sizes and strides fix about its launches: worked out once, kept by schedule."""
+"""What a call's sizes and strides fix about its launches: worked out once, kept by plan."""
 
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from typing import TYPE_CHECKING
 
 from portattn.backends.triton.limits import device_limits
 from portattn.backends.triton.variant import PassShape, Variant, make_variant
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
-
     import torch
 
     from portattn.backends.base import AttentionInputs
@@ -19,7 +16,6 @@ if TYPE_CHECKING:
     from portattn.plan import Plan, Schedule
 
 _VECTOR_BYTES = 16
-_MAX_GEOMETRIES = 64  # of one schedule
 # Sizes and strides of a tensor descriptor.
 Layout = tuple[list[int], list[int]]
 
@@ -29,14 +25,14 @@ class PassLaunch:
     """One launch but for its pointers.
 
     Attributes:
-        grid: programs.
+        grid: number of programs.
         variant: the compile-time side.
         key_layout, value_layout: of the descriptors; None where the variant reads by pointers.
         integers: the kernel's integer arguments, in order.
         constants: the variant's values, in order.
     """
 
-    grid: tuple[int]
+    grid: int
     variant: Variant
     key_layout: Layout | None
     value_layout: Layout | None
@@ -44,52 +40,13 @@ class PassLaunch:
     constants: tuple[int | bool | str, ...]
 
 
-_geometries: weakref.WeakKeyDictionary[Schedule, dict[Hashable, tuple[PassLaunch, ...]]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
 def pass_launches(
     inputs: AttentionInputs, plan: Plan, schedule: Schedule, config: TritonForwardConfig
 ) -> tuple[PassLaunch, ...]:
-    """The launches of a call, one per pass; looked up when a call like it was seen before."""
-    query, key, value, output = inputs.query, inputs.key, inputs.value, inputs.output
-    lse, slopes, bias = inputs.lse, inputs.alibi_slopes, inputs.bias
-    # All that the launches depend on beside the plan: whatever is added below must be added here.
-    known_by = (
-        config,
-        query.dtype,
-        query.shape,
-        key.shape,
-        value.shape,
-        query.stride(),
-        key.stride(),
-        value.stride(),
-        output.stride(),
-        None if lse is None else lse.stride(),
-        None if slopes is None else slopes.stride(),
-        None if bias is None else bias.stride(),
-        inputs.sinks is None,
-        inputs.softcap == 0.0,
-        inputs.scale <= 0.0,
-        inputs.q_offset,
-        (query.data_ptr() | key.data_ptr() | value.data_ptr() | output.data_ptr()) % _VECTOR_BYTES,
-    )
-    kept = _geometries.get(schedule)
-    if kept is None:
-        kept = _geometries.setdefault(schedule, {})
-    found = kept.get(known_by)
-    if found is None:
-        found = _pass_launches(inputs, plan, schedule, config)
-        if len(kept) >= _MAX_GEOMETRIES:
-            kept.clear()
-        kept[known_by] = found
-    return found
+    """The launches of a call, one per pass.
 
-
-def _pass_launches(
-    inputs: AttentionInputs, plan: Plan, schedule: Schedule, config: TritonForwardConfig
-) -> tuple[PassLaunch, ...]:
+    They depend on nothing of the inputs that is not in `repeated.call_key`.
+    """
     query, key, value, output = inputs.query, inputs.key, inputs.value, inputs.output
     device = query.device
     arch = device_limits(str(device)).arch if device.type == "cuda" else "interpreter"
@@ -113,7 +70,7 @@ def _pass_launches(
         )
         launches.append(
             PassLaunch(
-                (shape.num_items * query.shape[0] * query.shape[1],),
+                shape.num_items * query.shape[0] * query.shape[1],
                 variant,
                 key_layout,
                 value_layout,
@@ -136,13 +93,13 @@ def _integers(
     batch, num_heads, seqlen_q, _ = inputs.query.shape
     num_kv_heads, seqlen_k = inputs.key.shape[1:3]
     return (
-        *_strides(inputs.query, 3, vector),
-        *_strides(inputs.key, 3, vector),
-        *_strides(inputs.value, 3, vector),
-        *_strides(inputs.output, 3, vector),
-        *_strides(inputs.lse, 3),
-        *_slope_strides(inputs.alibi_slopes),
-        *_strides(inputs.bias, 4),
+        *strides_of(inputs.query, 3, vector),
+        *strides_of(inputs.key, 3, vector),
+        *strides_of(inputs.value, 3, vector),
+        *strides_of(inputs.output, 3, vector),
+        *strides_of(inputs.lse, 3),
+        *slope_strides(inputs.alibi_slopes),
+        *strides_of(inputs.bias, 4),
         plan.layout_heads if plan.layout_batch > 1 else 0,
         1 if plan.layout_heads > 1 else 0,
         plan.num_layouts,
@@ -161,6 +118,9 @@ def _integers(
 
 
 def _pass_shape(plan: Plan, schedule: Schedule, index: int) -> PassShape:
+    items = int(schedule.item_ptr[index]), int(schedule.items_per_pass[index])
+    if not plan.has_steps and plan.num_id_rows == 0:
+        return PassShape(*items, stepped=False, ids=False)
     first, last = (int(plan.row_ptr[(index + i) * plan.num_layouts]) for i in (0, 1))
     rows = plan.rows[first:last]
     stepped = ids = False
@@ -170,9 +130,7 @@ def _pass_shape(plan: Plan, schedule: Schedule, index: int) -> PassShape:
         runs = plan.runs[int(rows[:, 4].min()) : int(rows[:, 5].max())]
         stepped = bool((tiles[:, 1] != 1).any() or (runs[:, 1] != 1).any())
         ids = bool((tiles[:, 2] != tiles[:, 3]).any())
-    return PassShape(
-        int(schedule.item_ptr[index]), int(schedule.items_per_pass[index]), stepped, ids
-    )
+    return PassShape(*items, stepped, ids)
 
 
 def vector_elements(tensors: tuple[torch.Tensor, ...]) -> int:
@@ -207,7 +165,7 @@ def descriptor_layout(tensor: torch.Tensor, vector: int) -> Layout | None:
     return sizes, strides
 
 
-def _strides(tensor: torch.Tensor | None, count: int, unit: int = 1) -> tuple[int, ...]:
+def strides_of(tensor: torch.Tensor | None, count: int, unit: int = 1) -> tuple[int, ...]:
     """The first `count` strides in units of `unit` elements, 0 for dimensions of one element."""
     if tensor is None:
         return (0,) * count
@@ -215,7 +173,7 @@ def _strides(tensor: torch.Tensor | None, count: int, unit: int = 1) -> tuple[in
     return tuple(strides[i] // unit if sizes[i] > 1 else 0 for i in range(count))
 
 
-def _slope_strides(slopes: torch.Tensor | None) -> tuple[int, int]:
+def slope_strides(slopes: torch.Tensor | None) -> tuple[int, int]:
     """Batch and head strides of slopes [num_heads] or [batch, num_heads]."""
     if slopes is None:
         return 0, 0

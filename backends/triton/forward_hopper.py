@@ -1,0 +1,148 @@
+"""The Gluon forward for Hopper as a kernel of the registry: what it can do, which config, run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, cast
+
+import torch
+import triton
+
+from portattn.backends.base import AttentionInputs, Config, ConfigValue, Kernel
+from portattn.backends.repeated import call_key, current_device
+from portattn.backends.triton import hopper_config as configs
+from portattn.backends.triton.hopper_config import TritonForwardHopperConfig
+from portattn.backends.triton.limits import device_limits
+from portattn.plan import plan_mask
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from portattn.backends.triton.hopper_launch import HopperCall
+    from portattn.problem import AttentionProblem
+
+_MAX_HEAD_DIM = 256
+_TRITON_VERSIONS = ((3, 6), (3, 9))  # first and last whose Gluon compiled and was tested
+_SOURCES = (
+    "hopper_adapter",
+    "hopper_config",
+    "hopper_consumer",
+    "hopper_epilogue",
+    "hopper_kernel",
+    "hopper_launch",
+    "hopper_maps",
+    "hopper_primitives",
+    "hopper_variant",
+    "primitives",
+)
+
+
+class TritonForwardHopper(Kernel):
+    """Any plan on Hopper, with TMA, wgmma and specialised warps; the result never varies.
+
+    Rows that TMA cannot read (not 16-byte aligned, or expanded) are copied once per call, O(S D).
+    """
+
+    name: ClassVar[str] = "triton_forward_hopper"
+    backend: ClassVar[str] = "triton"
+    config_type: ClassVar[type[Config]] = TritonForwardHopperConfig
+
+    def unsupported_reasons(self, problem: AttentionProblem) -> list[str]:
+        """See Kernel."""
+        reasons = []
+        if problem.dtype not in ("float16", "bfloat16"):
+            reasons.append(f"it computes float16 and bfloat16, not {problem.dtype}")
+        for name, value in (("head_dim", problem.head_dim), ("head_dim_v", problem.head_dim_v)):
+            if not 1 <= value <= _MAX_HEAD_DIM:
+                reasons.append(f"{name} is {value}; it computes 1 to {_MAX_HEAD_DIM}")
+        if problem.seqlen_k == 0:
+            reasons.append("there are no keys, and TMA has no empty tensors")
+        if "kv_lengths" in problem.features:
+            reasons.append(
+                "it has no kv_lengths: its plans are made for lengths that the host knows"
+            )
+        if "bias" in problem.features:
+            reasons.append("it has no bias: the registers of a tile of it are taken")
+        if "grad" in problem.features:
+            reasons.append("it has no backward")
+        steps = configs.tile_steps(problem.program)
+        if len(steps) > 1:
+            reasons.append(
+                f"the mask strides over {sorted(steps)} keys; it takes one stride beside 1"
+            )
+        return reasons + self._device_reasons(problem)
+
+    def _device_reasons(self, problem: AttentionProblem) -> list[str]:
+        version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+        first, last = _TRITON_VERSIONS
+        if not first <= version <= last:
+            return [f"it needs triton 3.6 to 3.9; {triton.__version__} is installed"]
+        if problem.device_type != "cuda":
+            return [f"needs sm_90 (Hopper); the device is {problem.device_type}"]
+        if not torch.cuda.is_available():
+            return ["needs sm_90 (Hopper); torch sees no GPU"]
+        arch = device_limits(problem.device).arch
+        return [] if arch == "sm_90" else [f"needs sm_90 (Hopper); the device is {arch}"]
+
+    def default_config(self, problem: AttentionProblem) -> Config:
+        """See Kernel."""
+        return configs.default_for(problem)
+
+    def search_space(self, problem: AttentionProblem) -> Mapping[str, Sequence[ConfigValue]]:
+        """See Kernel."""
+        return {
+            "block_q": (128, 192),
+            "block_k": (64, 128),
+            "num_stages": (2, 3, 4),
+            "registers": (160, 224, 232, 240),
+            "ping_pong": (False, True),
+            "persistent": (False, True),
+            "head_group": tuple(problem.group_size * n for n in (1, 2, 4, 8, 16)),
+            "min_piece": (8, 32),
+        }
+
+    def infeasible_reasons(self, problem: AttentionProblem, config: Config) -> list[str]:
+        """See Kernel."""
+        return configs.infeasible(
+            problem, cast("TritonForwardHopperConfig", config), device_limits(problem.device)
+        )
+
+    def run(self, inputs: AttentionInputs, config: Config) -> None:
+        """See Kernel."""
+        if inputs.output.numel() == 0:
+            return
+        # Gluon is imported where it runs: other devices have no use for it.
+        from portattn.backends.triton.hopper_launch import HopperCall
+
+        own = cast("TritonForwardHopperConfig", config)
+        batch, num_heads, seqlen_q, _ = inputs.query.shape
+        device = inputs.query.device
+        plan = plan_mask(
+            inputs.mask,
+            batch=batch,
+            num_heads=num_heads,
+            seqlen_q=seqlen_q,
+            seqlen_k=inputs.key.shape[2],
+            q_offset=inputs.q_offset,
+            block_q=own.block_q,
+            block_k=own.block_k,
+        )
+        with current_device(device):
+            key = call_key(self, inputs, config)
+            call = plan.calls.get(key)
+            if call is None:
+                schedule = plan.schedule(
+                    batch=batch,
+                    num_heads=num_heads,
+                    # One program fills a multiprocessor.
+                    workers=device_limits(str(device)).num_sms,
+                    head_dim_v=configs.block_width(inputs.value.shape[3]),
+                    min_piece=own.min_piece,
+                )
+                call = plan.keep_call(key, HopperCall(inputs, plan, schedule, own))
+            if cast("HopperCall", call).run(inputs):
+                plan.captured = True
+
+    def source_files(self) -> Sequence[str]:
+        """See Kernel."""
+        own = __file__
+        return [own, *(own.replace("forward_hopper", name) for name in _SOURCES)]

@@ -1,0 +1,295 @@
+"""A consumer warpgroup of the Hopper forward; the algorithm is at the head of hopper_kernel.py."""
+
+# Triton's types are not Python's, and a constexpr `if` is decided while compiling.
+# ruff: noqa: ANN001, ANN201, C901, PLR0915, SIM108, SIM113
+# mypy: ignore-errors
+from __future__ import annotations
+
+from triton.experimental import gluon
+
+from portattn.backends.triton.hopper_adapter import (
+    barrier,
+    copy_out_wait,
+    gl,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from portattn.backends.triton.hopper_epilogue import finish, merge_pieces
+from portattn.backends.triton.hopper_primitives import (
+    FULL_COUNT,
+    FULL_FIRST,
+    FULL_STEP,
+    FULL_STRIDE,
+    LN2,
+    LOG2E,
+    NEG_INF,
+    NUM_PIECES,
+    NUM_ROWS,
+    Q_START,
+    Q_STEP,
+    ROWS,
+    TILE_BEGIN,
+    TILE_END,
+    after,
+    load_key_ids,
+    load_words,
+    locate,
+    masked,
+    pack_pairs,
+    pass_turn,
+    score_terms,
+    softmax_step,
+    take_turn,
+    tile_entry,
+    unpack_pairs,
+)
+
+
+@gluon.jit
+def advance(
+    state, q, tile, mask_args, terms, rings, W: gl.constexpr, OPENING: gl.constexpr,
+    MASKED: gl.constexpr, FLAGS: gl.constexpr, LAYOUTS: gl.constexpr,
+):  # fmt: skip
+    """Scores and softmax of a tile, beside the product P V of the tile before (not if OPENING)."""
+    BLOCK_Q: gl.constexpr = FLAGS[0]
+    NUM_STAGES: gl.constexpr = FLAGS[1]
+    PING_PONG: gl.constexpr = FLAGS[2]
+    IDS: gl.constexpr = FLAGS[5]
+    SCALED: gl.constexpr = FLAGS[9]
+    SOFTCAP: gl.constexpr = FLAGS[10]
+    ALIBI: gl.constexpr = FLAGS[11]
+    SCORES: gl.constexpr = LAYOUTS[0]
+    SPLIT: gl.constexpr = LAYOUTS[1]
+    PV: gl.constexpr = LAYOUTS[2]
+    acc, p, m, row_sum = state
+    tiles_done, start, step = tile
+    words, words_other, q_id, k_ids_ptr, seqlen_k = mask_args
+    rows, q_offset, scale, softcap, slope, factor = terms
+    k_shared, v_shared, k_full, k_empty, v_full, v_empty = rings
+    BLOCK_K: gl.constexpr = k_shared.shape[1]
+    CONSUMERS: gl.constexpr = BLOCK_Q // ROWS
+    # A tile with ids does not overlap: they take the registers of P, so its product must be done.
+    OVERLAPS: gl.constexpr = not (IDS and MASKED)
+    stage = tiles_done % NUM_STAGES
+    before = (tiles_done - 1) % NUM_STAGES
+    # P crosses the loop's end as pairs: lone 16-bit numbers would be unpacked and packed again.
+    pv = unpack_pairs(p, q.dtype, PV)
+    zeros = gl.zeros([ROWS, BLOCK_K], gl.float32, SCORES)
+    mbarrier.wait(k_full.index(stage), (tiles_done // NUM_STAGES) & 1)
+    if PING_PONG:
+        take_turn(W)
+    s = warpgroup_mma(
+        q, k_shared.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True
+    )
+    if not OPENING:
+        mbarrier.wait(v_full.index(before), ((tiles_done - 1) // NUM_STAGES) & 1)
+        acc = warpgroup_mma(pv, v_shared.index(before), acc, is_async=True)
+    if PING_PONG:
+        pass_turn(W, CONSUMERS)
+    if OPENING:
+        s = warpgroup_mma_wait(0, deps=(s,))
+    else:
+        s = warpgroup_mma_wait(1, deps=(s,))
+    mbarrier.arrive(k_empty.index(stage))
+    if not OPENING and not OVERLAPS:
+        acc, pv = warpgroup_mma_wait(0, deps=(acc, pv))
+        mbarrier.arrive(v_empty.index(before))
+    s = score_terms(
+        s, rows, start, step, q_offset, scale, softcap, slope, SCALED, SOFTCAP, ALIBI, SCORES
+    )
+    if MASKED:
+        k_id = start
+        if IDS:
+            k_id = load_key_ids(k_ids_ptr, start, step, seqlen_k, BLOCK_K, SCORES)
+        s = masked(s, words, words_other, q_id, k_id, IDS, SCORES, SPLIT)
+    p32, alpha, m, row_sum = softmax_step(s, m, row_sum, factor, SCALED, MASKED)
+    if not OPENING:
+        if OVERLAPS:
+            row_sum = after(row_sum)
+            acc, pv = warpgroup_mma_wait(0, deps=(acc, pv))
+            mbarrier.arrive(v_empty.index(before))
+        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
+    return acc, pack_pairs(p32, q.dtype), m, row_sum
+
+
+@gluon.jit
+def consumer(W: gl.constexpr, args, FLAGS: gl.constexpr):
+    """Attention of every item's rows W * ROWS to W * ROWS + ROWS - 1."""
+    BLOCK_Q: gl.constexpr = FLAGS[0]
+    NUM_STAGES: gl.constexpr = FLAGS[1]
+    PING_PONG: gl.constexpr = FLAGS[2]
+    OUT_IN_QUERY: gl.constexpr = FLAGS[3]
+    STEPPED: gl.constexpr = FLAGS[4]
+    IDS: gl.constexpr = FLAGS[5]
+    PIECES: gl.constexpr = FLAGS[6]
+    FIRST: gl.constexpr = FLAGS[7]
+    LAST: gl.constexpr = FLAGS[8]
+    ALIBI: gl.constexpr = FLAGS[11]
+    SINKS: gl.constexpr = FLAGS[12]
+    STORE_LSE: gl.constexpr = FLAGS[13]
+    (q_shared, out_shared, q_full, q_empty, rings, work, lists, ids, score_args, out_args, pieces,
+     seqlen_q, seqlen_k) = args  # fmt: skip
+    k_shared, v_shared, _, _, v_full, v_empty = rings
+    (items_ptr, layouts_ptr, layout_stride_b, layout_stride_h, num_layouts, first_item, num_items,
+     num_bh, num_heads, head_group) = work  # fmt: skip
+    tiles_ptr, full_list_ptr, bits_ptr = lists
+    layout_ids_ptr, q_ids_ptr, k_ids_ptr = ids
+    q_offset, scale, softcap, slopes_ptr, slopes_stride_b, slopes_stride_h, sinks_ptr = score_args
+    (out_maps, lse_ptr, lse_stride_b, lse_stride_h, lse_stride_s, running_out_ptr,
+     running_lse_ptr) = out_args  # fmt: skip
+    slots_out_ptr, slots_lse_ptr, counters_ptr, num_slots, num_counters = pieces
+    CONSUMERS: gl.constexpr = BLOCK_Q // ROWS
+    BLOCK_K: gl.constexpr = k_shared.shape[1]
+    BLOCK_DV: gl.constexpr = v_shared.shape[2]
+    WORDS: gl.constexpr = BLOCK_K // 32
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_K, 16]
+    )
+    OUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_DV, 16]
+    )
+    PV: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
+    ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
+    OUT_ROW: gl.constexpr = gl.SliceLayout(1, OUT)
+    example = gl.zeros([ROWS, BLOCK_K], gl.float32, SCORES).reshape([ROWS, WORDS, 32])
+    SPLIT: gl.constexpr = example.type.layout
+    WORD: gl.constexpr = gl.SliceLayout(2, SPLIT)
+    LAYOUTS: gl.constexpr = (SCORES, SPLIT, PV)
+    by_lane = gl.zeros([ROWS, BLOCK_K], gl.float32, SCORES).reshape([ROWS, BLOCK_K // 8, 4, 2])
+    LANE_SUM: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, by_lane.type.layout))
+
+    q = q_shared.index(W)
+    out_buffer = out_shared.index(W)
+    factor = scale * LOG2E
+    if PING_PONG and W == CONSUMERS - 1:
+        pass_turn(W, CONSUMERS)
+    tiles_done = 0
+    items_done = 0
+    for index in range(gl.program_id(0), num_items * num_bh, gl.num_programs(0)):
+        item, layout, batch, head = locate(
+            index, items_ptr, layouts_ptr, layout_stride_b, layout_stride_h, num_layouts,
+            first_item, num_items, num_bh, num_heads, head_group,
+        )  # fmt: skip
+        q_step = gl.maximum(gl.load(item + Q_STEP), 1)  # a padding item has 0
+        q_start = gl.load(item + Q_START) + W * ROWS * q_step
+        num_rows = gl.load(item + NUM_ROWS)
+        tile_begin = gl.load(item + TILE_BEGIN)
+        num_partial = gl.load(item + TILE_END) - tile_begin
+        num_tiles = num_partial + gl.load(item + FULL_COUNT)
+        entries = (
+            tiles_ptr, full_list_ptr, tile_begin, num_partial, num_tiles,
+            gl.load(item + FULL_FIRST), gl.load(item + FULL_STEP), gl.load(item + FULL_STRIDE),
+        )  # fmt: skip
+        rows = q_start + gl.arange(0, ROWS, ROW) * q_step
+        slope = 0.0
+        if ALIBI:
+            slope = gl.load(slopes_ptr + batch * slopes_stride_b + head * slopes_stride_h)
+        terms = (rows, q_offset, scale, softcap, slope, factor)
+        q_id = rows
+        k_id_head = bits_ptr  # of the right type; read only if IDS
+        if IDS:
+            # A layout without ids has only ordinary tiles; what it reads here changes nothing.
+            id_row = gl.maximum(gl.load(layout_ids_ptr + layout), 0).to(gl.int64)
+            row_ok = W * ROWS + gl.arange(0, ROWS, ROW) < num_rows
+            q_id = gl.load(q_ids_ptr + id_row * seqlen_q + rows, mask=row_ok, other=-1)
+            k_id_head = k_ids_ptr + id_row * seqlen_k
+
+        # Bit tile numbers are read one entry ahead: two loads in a row would delay the product.
+        # The opening tile is masked whatever it is: a full one keeps all (-1), none nothing (-2).
+        tile = tiles_ptr + tile_begin * 4
+        opening_bits = gl.where(num_tiles > 0, -1, -2)
+        same = gl.load(tile + 2, mask=num_partial > 0, other=opening_bits)
+        words = load_words(bits_ptr, same, W * ROWS, WORDS, BLOCK_Q, WORD)
+        words_other = words
+        same = gl.load(tile + 6, mask=num_partial > 1, other=-2)
+        other = same
+        start = 0
+        step = 1
+        if IDS or ALIBI:
+            start, step = tile_entry(entries, 0)
+        if IDS:
+            other = gl.load(tile + 3, mask=num_partial > 0, other=opening_bits)
+            words_other = load_words(bits_ptr, other, W * ROWS, WORDS, BLOCK_Q, WORD)
+            other = gl.load(tile + 7, mask=num_partial > 1, other=-2)
+        acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, OUT)
+        p = pack_pairs(gl.zeros([ROWS, BLOCK_K], gl.float32, SCORES), q.dtype)
+        m = gl.full([ROWS], NEG_INF, gl.float32, ROW)
+        lane_sums = gl.zeros([ROWS, 4], gl.float32, LANE_SUM)
+        mbarrier.wait(q_full.index(W), items_done & 1)
+        acc, p, m, lane_sums = advance(
+            (acc, p, m, lane_sums), q, (tiles_done, start, step),
+            (words, words_other, q_id, k_id_head, seqlen_k), terms, rings, W, True, True, FLAGS,
+            LAYOUTS,
+        )  # fmt: skip
+        tiles_done += 1
+        for e in range(1, num_partial):
+            words = load_words(bits_ptr, same, W * ROWS, WORDS, BLOCK_Q, WORD)
+            words_other = words
+            same = gl.load(tile + e * 4 + 6, mask=e + 1 < num_partial, other=-2)
+            if IDS or ALIBI:
+                start = gl.load(tile + e * 4)
+                step = gl.load(tile + e * 4 + 1)
+            if IDS:
+                words_other = load_words(bits_ptr, other, W * ROWS, WORDS, BLOCK_Q, WORD)
+                other = gl.load(tile + e * 4 + 7, mask=e + 1 < num_partial, other=-2)
+            acc, p, m, lane_sums = advance(
+                (acc, p, m, lane_sums), q, (tiles_done, start, step),
+                (words, words_other, q_id, k_id_head, seqlen_k), terms, rings, W, False, True,
+                FLAGS, LAYOUTS,
+            )  # fmt: skip
+            tiles_done += 1
+        for e in range(gl.maximum(num_partial, 1), num_tiles):
+            if ALIBI:
+                start, step = tile_entry(entries, e)
+            acc, p, m, lane_sums = advance(
+                (acc, p, m, lane_sums), q, (tiles_done, start, step),
+                (words, words_other, q_id, k_id_head, seqlen_k), terms, rings, W, False, False,
+                FLAGS, LAYOUTS,
+            )  # fmt: skip
+            tiles_done += 1
+        if not OUT_IN_QUERY:
+            mbarrier.arrive(q_empty.index(W))
+        pv = unpack_pairs(p, q.dtype, PV)
+        last = (tiles_done - 1) % NUM_STAGES
+        mbarrier.wait(v_full.index(last), ((tiles_done - 1) // NUM_STAGES) & 1)
+        acc = warpgroup_mma(pv, v_shared.index(last), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(v_empty.index(last))
+
+        row_sum = gl.convert_layout(gl.sum(lane_sums, 1), ROW)
+        empty = row_sum == 0.0
+        divisor = gl.where(empty, 1.0, row_sum)
+        lse = gl.where(empty, NEG_INF, (m + gl.log2(divisor)) * LN2)
+        lse = gl.convert_layout(lse, OUT_ROW)
+        # A row that kept nothing is 0 even where the values that it visited are not finite.
+        inverse = gl.convert_layout(gl.where(empty, 0.0, 1.0 / divisor), OUT_ROW)[:, None]
+        out = gl.where(inverse == 0.0, 0.0, acc * inverse)
+        out_rows = gl.arange(0, ROWS, OUT_ROW)
+        row_ok = W * ROWS + out_rows < num_rows
+        out_rows = q_start + out_rows * q_step
+        # A padding item (NUM_ROWS = 0) is nobody's row, whatever its other fields.
+        writes = num_rows > W * ROWS
+        if PIECES:
+            num_pieces = gl.load(item + NUM_PIECES)
+            if writes & (num_pieces > 1):
+                out, lse, writes = merge_pieces(
+                    out, lse, batch * num_heads + head, item, slots_out_ptr, slots_lse_ptr,
+                    counters_ptr, num_slots, num_counters, num_pieces, W, BLOCK_Q, OUT,
+                )  # fmt: skip
+        if not OUT_IN_QUERY:
+            # The last item's rows have left the buffer, by the thread that sent them.
+            copy_out_wait(0)
+            barrier()
+        if writes:
+            finish(
+                out, lse, out_buffer, out_rows, row_ok, batch, head, num_heads, q_start, q_step,
+                seqlen_q, sinks_ptr, out_maps, lse_ptr, lse_stride_b, lse_stride_h, lse_stride_s,
+                running_out_ptr, running_lse_ptr, OUT, STEPPED, FIRST, LAST, SINKS, STORE_LSE,
+            )  # fmt: skip
+        if OUT_IN_QUERY:
+            copy_out_wait(0)
+            mbarrier.arrive(q_empty.index(W))
+        items_done += 1
+    # Shared memory must outlive the copies that read it.
+    copy_out_wait(0)
