@@ -127,8 +127,9 @@ def default_for(problem: AttentionProblem) -> TritonForwardHopperConfig:
         num_stages=stages,
         registers=160 if tall else 240 if width > 128 else 232,
         # One warpgroup's softmax under the other's products: pays where the softmax is a large
-        # part (head_dim 64), or where masks make the two uneven; dense rows run better without.
-        ping_pong=width == 64 or bool(problem.program),
+        # part (head_dim 64), where masks make the two uneven, and among short rows; long dense
+        # ones run better without.
+        ping_pong=width == 64 or bool(problem.program) or problem.seqlen_q <= _SHORT_SEQUENCE,
         persistent=sparse or problem.seqlen_q <= _SHORT_SEQUENCE,
         head_group=head_group,
     )

@@ -35,8 +35,13 @@ _COMPILE_BLOCK_MASK_FROM = 16384  # shorter ones are faster made eagerly than co
 def _sdpa(data: Data, name: str, backend: SDPBackend | None) -> Contender:
     """SDPA through one of its backends; None: the one that torch chooses."""
     workload = data.workload
-    if backend is None and data.device.type == "cuda" and workload.metric != "host":
+    is_host = workload.metric == "host"
+    if backend is None and data.device.type == "cuda" and not is_host:
         raise NotApplicableError("its backends take part by name")
+    if backend is not None and is_host:
+        raise NotApplicableError(
+            "choosing a backend takes longer than the call: SDPA's own choice runs"
+        )
     if not workload.pattern.is_dense:
         raise NotApplicableError("SDPA has this mask only as a tensor")
     arguments: dict[str, Any] = {

@@ -160,18 +160,18 @@ def test_ragged_lengths(case, dtype):
         assert result.status == "pass", result
 
 
-def _inputs(lengths=(0, 1, 333, 129), num_kv_heads=2, seqlen_k=333, head_dim=64, kind=torch.int32):
+def _inputs(lengths=LENGTHS, num_kv_heads=2, seqlen_q=1, seqlen_k=333, kind=torch.int32):
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
         return torch.randn(shape, generator=generator).to(torch.bfloat16)
 
     batch = len(lengths)
-    query = normal(batch, 4 * num_kv_heads, 1, head_dim)
+    query = normal(batch, 4 * num_kv_heads, seqlen_q, 64)
     return AttentionInputs(
         query=query,
-        key=normal(batch, num_kv_heads, seqlen_k, head_dim),
-        value=normal(batch, num_kv_heads, seqlen_k, head_dim),
+        key=normal(batch, num_kv_heads, seqlen_k, 64),
+        value=normal(batch, num_kv_heads, seqlen_k, 64),
         output=torch.full_like(query, torch.nan),
         lse=torch.full(query.shape[:3], torch.nan),
         mask=None,
@@ -234,10 +234,11 @@ def test_more_sequences_than_threads():
 
 
 FAULTS = [
-    # (order in which the fault shows, file, what is deleted, what stays in its place)
-    (LATE, "decode.cu", "        cp_async_wait<kNumStages - 2>();\n", ""),
+    # (order in which the fault shows, queries, file, what is deleted, what stays in its place)
+    (LATE, 1, "decode.cu", "        cp_async_wait<kNumStages - 2>();\n", ""),
     (
         LATE,
+        9,  # times 4 heads: several warps share a strip
         "decode.cu",
         "        group_barrier();  // the strip has come; every warp of the group has left the "
         "one before\n",
@@ -245,6 +246,7 @@ FAULTS = [
     ),
     (
         EARLY,
+        1,
         "decode_merge.cuh",
         "        block_barrier();\n        store_columns",
         "store_columns",
@@ -252,8 +254,8 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("order", "file", "deleted", "kept"), FAULTS)
-def test_the_emulator_sees_a_missing_wait(tmp_path, order, file, deleted, kept):
+@pytest.mark.parametrize(("order", "seqlen_q", "file", "deleted", "kept"), FAULTS)
+def test_the_emulator_sees_a_missing_wait(tmp_path, order, seqlen_q, file, deleted, kept):
     """Else a pass of the tests above would say nothing about the order of copies and reads."""
     shutil.copytree(SOURCE_DIR, tmp_path / "cuda")
     source = tmp_path / "cuda" / file
@@ -262,11 +264,12 @@ def test_the_emulator_sees_a_missing_wait(tmp_path, order, file, deleted, kept):
     source.write_text(text.replace(deleted, kept))
     config = DecodeConfig(16, 4, 2, 1, 1)
     kernel = EmulatedDecode()
-    expected, _ = _run(kernel, _inputs(), config)
+    inputs = _inputs(seqlen_q=seqlen_q)
+    expected, _ = _run(kernel, inputs, config)
     broken = EmulatedDecode()
     broken.order, broken.sources = order, tmp_path / "cuda"
     try:
-        output, _ = _run(broken, _inputs(), config)
+        output, _ = _run(broken, inputs, config)
     except AssertionError:  # the emulator itself says it
         return
     assert not torch.equal(output, expected)
