@@ -3,9 +3,8 @@
     python -m tools.target_table [KERNEL ...]               a few minutes without a GPU
     python -m tools.target_table --arch sm_90 [KERNEL ...]  only print these rows, as JSON
 
-A kernel is one line of KERNELS: its name, how a case of it compiles, its architectures and cases.
-Each architecture compiles in a process of its own: an impossible combination may abort the
-compiler's process.
+The kernels are those of target_kernels.py. Each architecture compiles in a process of its own: an
+impossible combination may abort the compiler's process.
 """
 
 from __future__ import annotations
@@ -18,50 +17,19 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from portattn import masks
-from portattn.problem import AttentionProblem
+from tools.target_kernels import AMD, KERNELS, NVIDIA
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Collection, Iterator
 
     from portattn.backends.base import Config
+    from portattn.problem import AttentionProblem
+    from tools.target_kernels import Kernel
 
     Made: TypeAlias = dict[str, dict[str, int]]  # "kernel/case/arch" -> fields of Usage
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "targets.md"
-NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-AMD = ("gfx90a", "gfx942", "gfx950")
-HEAD_DIMS = (64, 128, 256)
-SPARSE = masks.sliding_window(1024)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Usage:
-    """What one compiled default config takes; shared memory per block, the rest per thread."""
-
-    registers: int
-    shared_bytes: int
-    spill_bytes: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Kernel:
-    """One section of the table.
-
-    Attributes:
-        name: of the kernel in the registry.
-        default: the default config of a problem on an architecture.
-        compile: compiles that config.
-        archs: architectures that it is for.
-        cases: name -> problem.
-    """
-
-    name: str
-    default: Callable[[AttentionProblem, str], Config]
-    compile: Callable[[AttentionProblem, str], Usage]
-    archs: tuple[str, ...]
-    cases: dict[str, AttentionProblem]
 
 
 def limit_bytes(arch: str) -> int:
@@ -71,81 +39,19 @@ def limit_bytes(arch: str) -> int:
     return limits_of(arch).shared_bytes
 
 
-def cases(dtypes: tuple[str, ...], patterns: tuple[str, ...]) -> dict[str, AttentionProblem]:
-    """Problems of every head dim, dtype and pattern (``"dense"``, ``"sparse"``)."""
-    programs = {"dense": (), "sparse": tuple(SPARSE.program)}
-    return {
-        f"{dtype} D{dim} {pattern}".strip(): AttentionProblem(
-            "cuda", dtype, 1, 8, 8, 4096, 4096, dim, dim,
-            programs.get(pattern, ()), 0, frozenset({"lse"}),
-        )
-        for dtype in dtypes
-        for dim in HEAD_DIMS
-        for pattern in patterns
-    }  # fmt: skip
-
-
-def triton_forward_default(problem: AttentionProblem, arch: str) -> Config:
-    """See `Kernel.default`."""
-    from portattn.backends.triton.config import default_for
-    from portattn.backends.triton.limits import limits_of
-
-    return default_for(problem, limits_of(arch))
-
-
-def triton_forward(problem: AttentionProblem, arch: str) -> Usage:
-    """Masked problems with cut rows, as their schedules have."""
-    from portattn.backends.triton.aot import compile_forward
-    from portattn.backends.triton.config import default_for
-    from portattn.backends.triton.limits import limits_of
-
-    config = default_for(problem, limits_of(arch))
-    made = compile_forward(problem, config, arch, pieces=problem.program != ())
-    return Usage(made.registers, made.shared_bytes, made.spill_bytes)
-
-
-def capability(arch: str) -> tuple[int, int]:
-    """``"sm_120"`` -> (12, 0)."""
-    return divmod(int(arch.removeprefix("sm_")), 10)
-
-
-def cupy_forward_sm80_default(problem: AttentionProblem, arch: str) -> Config:
-    """See `Kernel.default`."""
-    from portattn.backends.cupy.config import default_config
-
-    return default_config(problem, capability(arch))
-
-
-def cupy_forward_sm80(problem: AttentionProblem, arch: str) -> Usage:
-    """One variant for all masks."""
-    from portattn.backends.cupy.config import default_config, variant
-    from portattn.backends.cupy.loader import compile_program
-
-    config = default_config(problem, capability(arch))
-    terms = (False, False, False)
-    made = variant(problem.dtype, problem.head_dim, problem.head_dim_v, True, terms, config)
-    used = compile_program(made.program(arch)).resources()
-    return Usage(used.registers, made.shared_bytes(), used.spill_store_bytes)
-
-
 HEADER = """\
 # Default configs on every target
 
 What the compilers make of each kernel's default config, without the GPU: registers and spilled
 bytes a thread (AMD: VGPRs and scratch), shared memory a block (AMD: LDS), and how much of it the
 device has for one. *dense* is full or causal attention, *sparse* a window of 1024 keys, both at
-4096 tokens and 8 heads. Only sm_90 has been run (an H100); the others are compiled.
+4096 tokens and 8 heads; decode is one query row of 32 heads with 8 KV heads of 8192 keys, batch
+16. Kernels with a producer warp launch with the registers shown and divide them anew as they
+start. Only sm_90 has been run (an H100); the others are compiled.
 
 Compilers: Triton {triton}, NVRTC {nvrtc}. Written by `python -m tools.target_table`; tests hold
 its configs to the code's and its figures to the devices' limits.
 """
-BOTH, FLOATS = ("dense", "sparse"), ("bfloat16", "float32")
-# fmt: off
-KERNELS = (
-    Kernel("triton_forward", triton_forward_default, triton_forward, NVIDIA + AMD, cases(FLOATS, BOTH)),  # noqa: E501
-    Kernel("cupy_forward_sm80", cupy_forward_sm80_default, cupy_forward_sm80, NVIDIA, cases(FLOATS, ("",))),  # noqa: E501
-)
-# fmt: on
 
 
 def rows() -> Iterator[tuple[Kernel, str, AttentionProblem, str]]:

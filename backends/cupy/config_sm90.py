@@ -12,7 +12,6 @@ from portattn.backends.cupy.config import DTYPE_CODES, padded
 from portattn.backends.cupy.loader import HEADERS, Program
 from portattn.masks.opcodes import (
     BAND,
-    BLOCK_BAND,
     BLOCK_TABLE,
     DIFF_MODULO,
     KEY_MODULO,
@@ -21,6 +20,7 @@ from portattn.masks.opcodes import (
     QUERY_RANGE,
     QUERY_SET,
     RANDOM_BLOCKS,
+    block_sizes,
     instructions,
     is_bound,
 )
@@ -281,7 +281,7 @@ _WITH_TERMS: tuple[_Shape, ...] = ((2, 64, 2, False, 1), (1, 64, 2, False, 1))
 _TERMS = frozenset({"softcap", "alibi", "bias"})
 _SHORT_CAUSAL = 2048  # keys; at head_dim 64, causal rows up to this are short work too
 _L2_BYTES = 32 << 20  # of an H100's 50 MB, for keys and values that are read in no order
-_FINE = frozenset({KEY_MODULO, DIFF_MODULO, BLOCK_BAND, RANDOM_BLOCKS, BLOCK_TABLE})
+_MODULI = frozenset({KEY_MODULO, DIFF_MODULO})
 _SETS = frozenset({KEY_SET, QUERY_SET, KEY_RANGE, QUERY_RANGE})
 
 
@@ -291,7 +291,8 @@ def _is_short(problem: AttentionProblem) -> bool:
     opcodes = {opcode for opcode, _ in found}
     bands = [operands for opcode, operands in found if opcode == BAND]
     has_window = any(all(map(is_bound, operands)) for operands in bands)
-    if opcodes & _FINE or (has_window and opcodes & _SETS):
+    blocks = block_sizes(problem.program)
+    if opcodes & _MODULI or (has_window and opcodes & _SETS) or (blocks and min(blocks) < 128):
         return True
     narrow = max(problem.head_dim, problem.head_dim_v) <= 64
     return narrow and bool(bands) and problem.seqlen_k <= _SHORT_CAUSAL

@@ -164,12 +164,14 @@ class ForwardCall:
 
     def _allocate(self, device: torch.device) -> tuple[object, tuple[int, ...]]:
         """Scratch memory in one piece, and the address of each part; 0 for those not needed."""
+        counters = arrival_counters(device, self._num_counters) if self._num_counters else None
+        if not any(self._sizes):
+            return counters, (0, 0, pointer(counters), 0, 0)
         memory = torch.empty(sum(self._sizes), dtype=torch.float32, device=device)
         address, starts = memory.data_ptr(), []
         for size in self._sizes:
             starts.append(address if size else 0)
             address += 4 * size
-        counters = arrival_counters(device, self._num_counters) if self._num_counters else None
         piece_output, piece_lse, running_output, running_lse = starts
         at = (piece_output, piece_lse, pointer(counters), running_output, running_lse)
         return (memory, counters), at

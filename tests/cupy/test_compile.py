@@ -27,9 +27,11 @@ CEILINGS = {
         for dim in (64, 128, 256)
     },
     # Pointers and counters, read once a tile.
+    ("sm_80", "float16", 64, 64, True, NO_TERMS): 8,
+    ("sm_90", "float16", 64, 64, True, NO_TERMS): 8,
     ("sm_80", "float16", 128, 128, True, NO_TERMS): 16,
-    ("sm_90", "float16", 128, 128, True, NO_TERMS): 8,
-    ("sm_90", "bfloat16", 128, 128, True, NO_TERMS): 8,
+    ("sm_90", "float16", 128, 128, True, NO_TERMS): 16,
+    ("sm_90", "bfloat16", 128, 128, True, NO_TERMS): 16,
     ("sm_100", "bfloat16", 128, 128, True, NO_TERMS): 64,
     ("sm_90", "bfloat16", 96, 192, True, NO_TERMS): 0,
     ("sm_90", "bfloat16", 128, 128, True, ALL_TERMS): 128,

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 from portattn import masks
 from portattn.backends.cupy import config_sm90 as configs
@@ -43,7 +44,8 @@ def test_the_default_fits(name, head_dim):
 def test_scattered_tiles_get_small_blocks_and_long_rows_large_ones():
     long = configs.default_config(problem(128, mask=MASKS["window"]))
     short = configs.default_config(problem(128, mask=MASKS["strided"]))
-    assert long.block_q == 128
+    blocks = masks.block_sparse(torch.ones(128, 128, dtype=torch.bool), 128)
+    assert long.block_q == configs.default_config(problem(128, mask=blocks)).block_q == 128
     assert (short.block_q, short.blocks_per_sm) == (64, 2)
 
 
