@@ -30,6 +30,9 @@ CEILINGS = {
     ("sm_80", "float16", 64, 64, True, NO_TERMS): 8,
     ("sm_90", "float16", 64, 64, True, NO_TERMS): 8,
     ("sm_80", "float16", 128, 128, True, NO_TERMS): 16,
+    ("sm_86", "float16", 64, 64, True, NO_TERMS): 8,
+    # Four words that start at 0 as well.
+    ("sm_120", "float16", 64, 64, True, NO_TERMS): 72,
     ("sm_90", "float16", 128, 128, True, NO_TERMS): 16,
     ("sm_90", "bfloat16", 128, 128, True, NO_TERMS): 16,
     ("sm_100", "bfloat16", 128, 128, True, NO_TERMS): 64,
