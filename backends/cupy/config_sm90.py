@@ -234,8 +234,8 @@ def infeasible_reasons(problem: AttentionProblem, config: ForwardSm90Config) -> 
     for name, allowed in (("consumers", CONSUMERS), ("num_stages", STAGES)):
         if getattr(config, name) not in allowed:
             reasons.append(f"{name} is {getattr(config, name)}; it must be one of {allowed}")
-    if config.block_k % 16 or not 16 <= config.block_k <= 256:
-        reasons.append(f"block_k is {config.block_k}; it must be a multiple of 16 up to 256")
+    if config.block_k % 16 or not 64 <= config.block_k <= 256:
+        reasons.append(f"block_k is {config.block_k}; it must be a multiple of 16 in 64..256")
     reasons += [
         f"{name} is {getattr(config, name)}; it must be at least 1"
         for name in ("head_group", "min_piece", "blocks_per_sm")

@@ -34,7 +34,6 @@ PA_DEVICE void start_output(Output& o, Weights& weights, uint64 value, Function 
         if (step == kBlockK / 16 - kEarlySteps) near_end();
         wgmma_from_registers<kDtype == kBfloat16>(o[0], weights.a[step], descriptor_plus(value, 2048 * step));
     }
-    if (kEarlySteps == 0) near_end();
     wgmma_commit();
 }
 

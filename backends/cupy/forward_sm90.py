@@ -110,9 +110,10 @@ class CupyForwardSm90(Kernel):
         with current_device(inputs.query.device):
             key = call_key(self, inputs, config)
             call = plan.calls.get(key)
-            if call is None:
+            # The key holds the strides, but of the addresses only whether all are aligned.
+            if call is None or _is_misaligned(inputs):
                 copied = _readable_inputs(inputs)
-                if copied is not inputs:  # what the copy engine cannot read is never kept
+                if copied is not inputs:  # such calls are never kept
                     self.run(copied, config)
                     return
                 launch = prepare(inputs, plan, own, self._workers(inputs, config))
@@ -165,6 +166,11 @@ def _key_steps(program: Sequence[int]) -> set[int]:
         for opcode, operands in instructions(program)
         if opcode in (KEY_MODULO, DIFF_MODULO)
     }
+
+
+def _is_misaligned(inputs: AttentionInputs) -> bool:
+    addresses = inputs.query.data_ptr() | inputs.key.data_ptr() | inputs.value.data_ptr()
+    return addresses % 16 != 0
 
 
 def _readable_inputs(inputs: AttentionInputs) -> AttentionInputs:

@@ -12,10 +12,7 @@ constexpr int kProducerRegisters = PA_PRODUCER_REGISTERS;
 constexpr int kConsumerRegisters = PA_CONSUMER_REGISTERS;
 constexpr int kMaxSteps = PA_MAX_STEPS;  // distinct key steps above 1 in one pass
 
-#ifndef PA_EARLY
-#define PA_EARLY 2
-#endif
-constexpr int kEarlySteps = PA_EARLY;
+constexpr int kEarlySteps = 2;  // products of a tile that are issued after the turn has passed
 constexpr int kWorkSlots = 2;
 // The next work is asked for so many tiles before the end of the last: finding it takes a few microseconds,
 // and work that is taken too early is missing where blocks run out of it.
@@ -31,6 +28,7 @@ constexpr int kValueTileBytes = kPanelsV * kTilePanelBytes;
 
 static_assert(kNumWarps == 4 * kConsumers && kRowTiles == 1, "a warp takes 16 rows");
 static_assert(kBlockK % 16 == 0 && kBlockK <= 256, "the shapes of wgmma");
+static_assert(kBlockK / 16 > kEarlySteps, "the turn passes within a tile");
 
 // Hardware barriers; 0 is the whole block's.
 enum { kConsumersBarrier = 1, kTurnBarrier = 2, kGroupBarrier = 5 };

@@ -235,3 +235,25 @@ def test_the_emulator_sees_a_missing_wait(tmp_path, order, file, deleted, messag
     assert message in errors[1]
     assert bool(message) == bool(errors[1])
     assert message or not torch.equal(*outputs)
+
+
+def test_inputs_that_cannot_be_read_in_place_are_copied_at_every_call():
+    """Also after a call of equal sizes and strides that could, into an unaligned output."""
+    kernel = EmulatedForwardSm90()
+    query, key, value = _tensors(torch.bfloat16, 64, 64, 130)
+    shifted = torch.empty(query.numel() + 1, dtype=query.dtype)[1:].view(query.shape).copy_(query)
+    outputs = []
+    for given in (query, shifted, query):
+        output = torch.empty(query.numel() + 1, dtype=query.dtype)[1:].view(query.shape)
+        kernel.run(
+            AttentionInputs(
+                query=given, key=key, value=value, output=output, lse=None, mask=None,
+                q_offset=0, kv_lengths=None, scale=0.125, softcap=0.0, alibi_slopes=None,
+                bias=None, sinks=None, deterministic=False,
+            ),
+            CONFIG(),
+        )  # fmt: skip
+        outputs.append(output.clone())
+    assert shifted.data_ptr() % 16 != 0
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])

@@ -61,6 +61,7 @@ def test_heads_that_run_together_fit_the_cache_where_tiles_are_drawn_at_random()
         ({"consumers": 4}, "consumers"),
         ({"num_stages": 1}, "num_stages"),
         ({"block_k": 72}, "block_k"),
+        ({"block_k": 48}, "block_k"),
         ({"block_k": 272}, "block_k"),
         ({"head_group": 0}, "head_group"),
         ({"consumers": 1, "ping_pong": True}, "ping_pong"),
