@@ -13,13 +13,31 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from portattn.plan import plan_mask
+
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
     from portattn.backends.base import AttentionInputs, Config, Kernel
+    from portattn.plan import Plan
 
 _VECTOR_BYTES = 16
 _MAX_COUNTER_STREAMS = 16
+
+
+def plan_of(inputs: AttentionInputs, block_q: int, block_k: int) -> Plan:
+    """The plan of a call in tiles of block_q rows and block_k keys; see `plan_mask`."""
+    batch, num_heads, seqlen_q, _ = inputs.query.shape
+    return plan_mask(
+        inputs.mask,
+        batch=batch,
+        num_heads=num_heads,
+        seqlen_q=seqlen_q,
+        seqlen_k=inputs.key.shape[2],
+        q_offset=inputs.q_offset,
+        block_q=block_q,
+        block_k=block_k,
+    )
 
 
 def call_key(kernel: Kernel, inputs: AttentionInputs, config: Config) -> Hashable:

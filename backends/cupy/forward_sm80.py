@@ -16,8 +16,7 @@ from portattn.backends.cupy.config import ForwardSm80Config
 from portattn.backends.cupy.device import device_properties, device_reasons
 from portattn.backends.cupy.fast_launch import ForwardCall, LaunchLike, device_launch
 from portattn.backends.cupy.launch import prepare
-from portattn.backends.repeated import call_key, current_device
-from portattn.plan import plan_mask
+from portattn.backends.repeated import call_key, current_device, plan_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -88,17 +87,7 @@ class CupyForwardSm80(Kernel):
         if inputs.output.numel() == 0:
             return
         own = cast("ForwardSm80Config", config)
-        batch, num_heads, seqlen_q, _ = inputs.query.shape
-        plan = plan_mask(
-            inputs.mask,
-            batch=batch,
-            num_heads=num_heads,
-            seqlen_q=seqlen_q,
-            seqlen_k=inputs.key.shape[2],
-            q_offset=inputs.q_offset,
-            block_q=own.block_q,
-            block_k=own.block_k,
-        )
+        plan = plan_of(inputs, own.block_q, own.block_k)
         with current_device(inputs.query.device):
             key = call_key(self, inputs, config)
             call = plan.calls.get(key)

@@ -22,9 +22,8 @@ from portattn.backends.cupy.fast_launch import ForwardCall, LaunchLike, device_l
 from portattn.backends.cupy.forward_sm80 import MAX_LENGTH
 from portattn.backends.cupy.launch_sm90 import prepare
 from portattn.backends.cupy.tensor_map import is_readable, readable
-from portattn.backends.repeated import call_key, current_device
+from portattn.backends.repeated import call_key, current_device, plan_of
 from portattn.masks.opcodes import DIFF_MODULO, KEY_MODULO, instructions
-from portattn.plan import plan_mask
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -96,17 +95,7 @@ class CupyForwardSm90(Kernel):
         if inputs.output.numel() == 0:
             return
         own = cast("ForwardSm90Config", config)
-        batch, num_heads, seqlen_q, _ = inputs.query.shape
-        plan = plan_mask(
-            inputs.mask,
-            batch=batch,
-            num_heads=num_heads,
-            seqlen_q=seqlen_q,
-            seqlen_k=inputs.key.shape[2],
-            q_offset=inputs.q_offset,
-            block_q=own.block_q,
-            block_k=own.block_k,
-        )
+        plan = plan_of(inputs, own.block_q, own.block_k)
         with current_device(inputs.query.device):
             key = call_key(self, inputs, config)
             call = plan.calls.get(key)

@@ -8,12 +8,11 @@ import torch
 import triton
 
 from portattn.backends.base import AttentionInputs, Config, ConfigValue, Kernel
-from portattn.backends.repeated import call_key, current_device
+from portattn.backends.repeated import call_key, current_device, plan_of
 from portattn.backends.triton import config as configs
 from portattn.backends.triton import forward_kernel, geometry, launch, limits, primitives, variant
 from portattn.backends.triton.config import TritonForwardConfig
 from portattn.backends.triton.limits import device_limits
-from portattn.plan import plan_mask
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -95,18 +94,9 @@ class TritonForward(Kernel):
         if inputs.output.numel() == 0:
             return
         own = cast("TritonForwardConfig", config)
-        batch, num_heads, seqlen_q, head_dim = inputs.query.shape
+        batch, num_heads, _, head_dim = inputs.query.shape
         device = inputs.query.device
-        plan = plan_mask(
-            inputs.mask,
-            batch=batch,
-            num_heads=num_heads,
-            seqlen_q=seqlen_q,
-            seqlen_k=inputs.key.shape[2],
-            q_offset=inputs.q_offset,
-            block_q=own.block_q,
-            block_k=own.block_k,
-        )
+        plan = plan_of(inputs, own.block_q, own.block_k)
         with current_device(device):
             key = call_key(self, inputs, config)
             call = plan.calls.get(key)

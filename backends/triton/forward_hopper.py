@@ -8,11 +8,10 @@ import torch
 import triton
 
 from portattn.backends.base import AttentionInputs, Config, ConfigValue, Kernel
-from portattn.backends.repeated import call_key, current_device
+from portattn.backends.repeated import call_key, current_device, plan_of
 from portattn.backends.triton import hopper_config as configs
 from portattn.backends.triton.hopper_config import TritonForwardHopperConfig
 from portattn.backends.triton.limits import device_limits
-from portattn.plan import plan_mask
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -114,18 +113,9 @@ class TritonForwardHopper(Kernel):
         from portattn.backends.triton.hopper_launch import HopperCall
 
         own = cast("TritonForwardHopperConfig", config)
-        batch, num_heads, seqlen_q, _ = inputs.query.shape
+        batch, num_heads = inputs.query.shape[:2]
         device = inputs.query.device
-        plan = plan_mask(
-            inputs.mask,
-            batch=batch,
-            num_heads=num_heads,
-            seqlen_q=seqlen_q,
-            seqlen_k=inputs.key.shape[2],
-            q_offset=inputs.q_offset,
-            block_q=own.block_q,
-            block_k=own.block_k,
-        )
+        plan = plan_of(inputs, own.block_q, own.block_k)
         with current_device(device):
             key = call_key(self, inputs, config)
             call = plan.calls.get(key)
