@@ -117,7 +117,7 @@ class Variant:
             "portattn_forward_sm90",
             self.defines(),
             "sm_90a",
-            (*HEADERS, "direct_store.cuh", "hopper.cuh", "ptx_sm90.cuh"),
+            (*HEADERS, "direct_store.cuh", "hopper.cuh", "ptx_sm90.cuh", "softmax_sm90.cuh"),
             (("wgmma.cuh", text),),
         )
 
@@ -145,6 +145,7 @@ class Variant:
             ("PA_SCALED", int(self.scaled)),
             ("PA_SOFTCAP", int(self.softcap)),
             ("PA_STAGE_APART", int(apart)),
+            ("PA_WEIGHT_BUFFERS", weight_buffers(self.head_dim_v, config)),
         )
 
     def shared_bytes(self) -> int:
@@ -188,6 +189,18 @@ def consumer_registers(config: ForwardSm90Config) -> int:
     each = min(255, 65536 // (config.blocks_per_sm * config.threads)) // 8 * 8
     left = each * (config.consumers + 1) - producer_registers(config)
     return min(240, left // config.consumers // 8 * 8)
+
+
+def weight_buffers(head_dim_v: int, config: ForwardSm90Config) -> int:
+    """Registers for the weights of how many tiles: 2 where they are there, by number of stage."""
+    used = _registers_used(head_dim_v, config) + config.block_k // 4
+    fits = used <= consumer_registers(config) and head_dim_v <= 128  # above, the loop spills
+    return 2 if fits and config.num_stages % 2 == 0 else 1
+
+
+def _registers_used(head_dim_v: int, config: ForwardSm90Config) -> int:
+    # S and P of a row's quarter of block_k keys for two rows, and O.
+    return config.block_k // 2 + config.block_k // 4 + head_dim_v // 2 + _OTHER_REGISTERS
 
 
 def _panels(width: int) -> int:
@@ -249,9 +262,7 @@ def infeasible_reasons(problem: AttentionProblem, config: ForwardSm90Config) -> 
     need, limit = shared_bytes(head_dim, head_dim_v, config), _budget(config)
     if need > limit:
         reasons.append(f"needs {need} bytes of shared memory a block; there are {limit}")
-    # S and P of a row's quarter of block_k keys for two rows, and O.
-    there = consumer_registers(config)
-    used = config.block_k // 2 + config.block_k // 4 + head_dim_v // 2 + _OTHER_REGISTERS
+    there, used = consumer_registers(config), _registers_used(head_dim_v, config)
     if used > there:
         reasons.append(f"about {used} registers a thread are needed and {there} are there")
     return reasons
@@ -264,8 +275,8 @@ _Shape = tuple[
     int, int, int, bool, int
 ]  # consumers, block_k, num_stages, ping_pong, blocks_per_sm
 _LONG: dict[int, tuple[_Shape, ...]] = {
-    64: ((3, 128, 2, False, 1), (2, 128, 2, False, 1)),
-    128: ((2, 128, 2, False, 1), (2, 96, 2, False, 1)),
+    64: ((3, 128, 2, True, 1), (2, 128, 2, True, 1)),
+    128: ((2, 128, 2, True, 1), (2, 96, 2, True, 1)),
     192: ((2, 96, 2, False, 1), (2, 64, 2, False, 1)),
     256: ((2, 64, 2, True, 1), (1, 64, 2, False, 1)),
 }
@@ -279,6 +290,7 @@ _SHORT: dict[int, tuple[_Shape, ...]] = {
 # Score terms take registers that the scores of 128 keys do not leave.
 _WITH_TERMS: tuple[_Shape, ...] = ((2, 64, 2, False, 1), (1, 64, 2, False, 1))
 _TERMS = frozenset({"softcap", "alibi", "bias"})
+_SHORT_KEYS = 8192
 _SHORT_CAUSAL = 2048  # keys; at head_dim 64, causal rows up to this are short work too
 _L2_BYTES = 32 << 20  # of an H100's 50 MB, for keys and values that are read in no order
 _MODULI = frozenset({KEY_MODULO, DIFF_MODULO})
@@ -299,9 +311,10 @@ def _is_short(problem: AttentionProblem) -> bool:
 
 
 def _head_group(problem: AttentionProblem) -> int:
-    """Heads that run together: 16, or where tiles are drawn at random those that L2 holds."""
+    """Heads that run together: few where rows are short, or those that L2 holds where tiles are
+    drawn at random."""
     opcodes = {opcode for opcode, _ in instructions(problem.program)}
-    heads = 16
+    heads = 4 if problem.seqlen_k <= _SHORT_KEYS else 16
     if opcodes & {RANDOM_BLOCKS, BLOCK_TABLE}:
         kv_bytes = 2 * problem.seqlen_k * (problem.head_dim + problem.head_dim_v)
         kv_heads = max(1, _L2_BYTES // max(kv_bytes, 1))

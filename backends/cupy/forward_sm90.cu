@@ -7,7 +7,7 @@
 // Blocks stay and take work after work, so that a block's first copies run during the stores of its last
 // item. What follows the tiles is the sm_80 kernel's: registers hold S and O in the same layout. It does not
 // do: float32, kv_lengths, gradients.
-#include "hopper.cuh"
+#include "softmax_sm90.cuh"
 
 namespace portattn {
 
@@ -35,17 +35,6 @@ PA_DEVICE void start_output(Output& o, Weights& weights, uint64 value, Function 
         wgmma_from_registers<kDtype == kBfloat16>(o[0], weights.a[step], descriptor_plus(value, 2048 * step));
     }
     wgmma_commit();
-}
-
-PA_DEVICE void pack_weights(Weights& weights, const Scores& s) {
-    PA_UNROLL
-    for (int step = 0; step < kBlockK / 16; ++step) {
-        PA_UNROLL
-        for (int r = 0; r < 4; ++r) {
-            const float* pair = &s[0][2 * step + r / 2][2 * (r % 2)];
-            weights.a[step][r] = pack_pair<kDtype == kBfloat16>(pair[0], pair[1]);
-        }
-    }
 }
 
 // One consumer warpgroup: its buffers, its place in the pipelines, its rows.
@@ -79,11 +68,12 @@ struct Consumer {
     PA_DEVICE void wait_value(int stage) const {  // of the tile before
         mbarrier_wait(shared.value_full(stage), ((tile - 1) / kNumStages) & 1);
     }
-    PA_DEVICE void release_key(int stage) const {
-        if (leads()) mbarrier_arrive(shared.key_empty(stage));
-    }
-    PA_DEVICE void release_value(int stage) const {
-        if (leads()) mbarrier_arrive(shared.value_empty(stage));
+    PA_DEVICE void release(int stage, bool is_value) const {
+        if constexpr (kNamedRelease) {
+            named_barrier_arrive(free_barrier(stage, is_value), kReleaseThreads);
+        } else if (leads()) {
+            mbarrier_arrive(is_value ? shared.value_empty(stage) : shared.key_empty(stage));
+        }
     }
     PA_DEVICE uint64 query_tile() const { return panel_descriptor(shared.query(group), 16); }
     PA_DEVICE uint64 key_tile(int stage) const { return panel_descriptor(shared.key(stage), 16); }
@@ -129,24 +119,8 @@ PA_DEVICE bool scores_to_weights(Scores& s, RowState& state, RowFactors& rescale
                                  const Consumer& consumer) {
     if constexpr (kScoreTerms) add_score_terms(s, consumer.p, consumer.lane, consumer.work(), tile.keys);
     if constexpr (kPartial) apply_mask(s, tile.mask);
-    const float c = kScoreTerms ? 1.0f : consumer.p.scale_log2;
-    RowShifts shifts;
-    // A bias may hold -inf in a whole row of a full tile.
-    const bool changed = raise_bases < kPartial || kBias > (s, state, shifts, c);
-    // Two chains for each row's sum, as in raise_bases.
-    float sums[2][2] = {{state.sum[0][0], 0.0f}, {state.sum[0][1], 0.0f}};
-    PA_UNROLL
-    for (int n = 0; n < kKeyTiles; ++n) {
-        PA_UNROLL
-        for (int r = 0; r < 4; ++r) {
-            float& score = s[0][n][r];
-            score = weight_exp2(fma_f32(score, c, shifts.shift[0][r / 2]));
-            sums[r / 2][r % 2] += score;
-        }
-    }
-    PA_UNROLL
-    for (int half = 0; half < 2; ++half) state.sum[0][half] = sums[half][0] + sums[half][1];
-    rescale = shifts.factors;
+    const bool changed = scores_to_distances(s, state, rescale, kScoreTerms ? 1.0f : consumer.p.scale_log2);
+    distances_to_weights(s, state);
     return changed;
 }
 
@@ -161,16 +135,19 @@ PA_DEVICE void first_tile(Consumer& consumer, Scores& s, Weights& weights, RowSt
     consumer.pass_turn();
     wgmma_wait<0>();
     keep_registers(s);
-    consumer.release_key(stage);
+    consumer.release(stage, false);
     RowFactors rescale;  // O is still 0
     scores_to_weights<kPartial>(s, state, rescale, tile, consumer);
     pack_weights(weights, s);
     ++consumer.tile;
 }
 
+// One tile. kStage: as in Consumer::stage; where it is known, weights and next_weights are two buffers if
+// there are two, else the same.
 template <bool kPartial, int kStage>
-PA_DEVICE void next_tile(Consumer& consumer, Scores& s, Output& o, Weights& weights, RowState& state,
-                         int index) {
+PA_DEVICE void next_tile(Consumer& consumer, Scores& s, Output& o, Weights& weights, Weights& next_weights,
+                         RowState& state, int index) {
+    constexpr bool kPacksEarly = kStage >= 0 && kWeightBuffers > 1;
     const int stage = consumer.stage<kStage>();
     const int before = consumer.stage_before<kStage>();
     TileInfo tile;
@@ -183,29 +160,33 @@ PA_DEVICE void next_tile(Consumer& consumer, Scores& s, Output& o, Weights& weig
     start_output(o, weights, consumer.value_tile(before), [&] { consumer.pass_turn(); });
     wgmma_wait<1>();
     keep_registers(s);
-    consumer.release_key(stage);
+    consumer.release(stage, false);
     RowFactors rescale;
     const bool changed = scores_to_weights<kPartial>(s, state, rescale, tile, consumer);
+    if constexpr (kPacksEarly) pack_weights(next_weights, s);
     keep_registers(s);
     // Otherwise ptxas moves the wait before the exponentials, which then overlap nothing.
     order_after(state.sum[0][0] + state.sum[0][1], consumer.shared.flag());
     wgmma_wait<0>();
     keep_registers(o);
     keep_registers(weights);
-    consumer.release_value(before);
-    pack_weights(weights, s);
+    consumer.release(before, true);
+    if constexpr (!kPacksEarly) pack_weights(next_weights, s);
     if (changed) rescale_output(o, rescale);
     ++consumer.tile;
 }
 
 template <int kStage = 0>
-PA_DEVICE void next_full_tile(Consumer& consumer, Scores& s, Output& o, Weights& weights, RowState& state,
-                              int index) {
-    if constexpr (kStage + 1 < kNumStages) {
-        if (consumer.tile % kNumStages != kStage)
-            return next_full_tile<kStage + 1>(consumer, s, o, weights, state, index);
+PA_DEVICE void next_full_tile(Consumer& consumer, Scores& s, Output& o, Weights (&buffers)[kWeightBuffers],
+                              RowState& state, int index) {
+    if constexpr (kWeightBuffers == 1) {
+        next_tile<false, -1>(consumer, s, o, buffers[0], buffers[0], state, index);
+    } else if (kStage + 1 < kNumStages && consumer.tile % kNumStages != kStage) {
+        next_full_tile<kStage + 1 < kNumStages ? kStage + 1 : 0>(consumer, s, o, buffers, state, index);
+    } else {
+        next_tile<false, kStage>(consumer, s, o, buffers[(kStage + 1) % 2], buffers[kStage % 2], state,
+                                 index);
     }
-    next_tile<false, kStage>(consumer, s, o, weights, state, index);
 }
 
 PA_DEVICE void run_tiles(Consumer& consumer, Output& o, RowState& state) {
@@ -219,24 +200,27 @@ PA_DEVICE void run_tiles(Consumer& consumer, Output& o, RowState& state) {
     ++consumer.query;
     if (total == 0) return;  // its rows are stored over the Q buffer all the same
     Scores s;
-    Weights weights;
+    Weights buffers[kWeightBuffers];
     if (partial > 0) {
-        first_tile<true>(consumer, s, weights, state);
+        first_tile<true>(consumer, s, buffers[0], state);
     } else {
-        first_tile<false>(consumer, s, weights, state);
+        first_tile<false>(consumer, s, buffers[0], state);
     }
 #pragma unroll 1
-    for (int index = 1; index < partial; ++index) next_tile<true, -1>(consumer, s, o, weights, state, index);
+    for (int index = 1; index < partial; ++index)
+        next_tile<true, -1>(consumer, s, o, buffers[0], buffers[0], state, index);
+    place_weights(buffers, consumer.tile - 1);
 #pragma unroll 1
     for (int index = partial > 1 ? partial : 1; index < total; ++index)
-        next_full_tile(consumer, s, o, weights, state, index);
+        next_full_tile(consumer, s, o, buffers, state, index);
     if (!keeps_query && consumer.leads()) mbarrier_arrive(consumer.shared.query_empty(consumer.group));
     const int before = consumer.stage_before<-1>();
     consumer.wait_value(before);
-    start_output(o, weights, consumer.value_tile(before), [] {});
+    fetch_weights(buffers, consumer.tile - 1);
+    start_output(o, buffers[0], consumer.value_tile(before), [] {});
     wgmma_wait<0>();
     keep_registers(o);
-    consumer.release_value(before);
+    consumer.release(before, true);
 }
 
 PA_DEVICE void stage_rows(const Consumer& consumer, const Work& work, const Output& o,

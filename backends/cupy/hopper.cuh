@@ -12,6 +12,10 @@ constexpr int kProducerRegisters = PA_PRODUCER_REGISTERS;
 constexpr int kConsumerRegisters = PA_CONSUMER_REGISTERS;
 constexpr int kMaxSteps = PA_MAX_STEPS;  // distinct key steps above 1 in one pass
 
+constexpr int kWeightBuffers = PA_WEIGHT_BUFFERS;
+// Two consumers say by hardware barriers that a tile may be overwritten, which wakes the producer sooner than
+// an mbarrier; three of them wait for each other there.
+constexpr bool kNamedRelease = kConsumers == 2;
 constexpr int kEarlySteps = 2;  // products of a tile that are issued after the turn has passed
 constexpr int kWorkSlots = 2;
 // The next work is asked for so many tiles before the end of the last: finding it takes a few microseconds,
@@ -31,7 +35,11 @@ static_assert(kBlockK % 16 == 0 && kBlockK <= 256, "the shapes of wgmma");
 static_assert(kBlockK / 16 > kEarlySteps, "the turn passes within a tile");
 
 // Hardware barriers; 0 is the whole block's.
-enum { kConsumersBarrier = 1, kTurnBarrier = 2, kGroupBarrier = 5 };
+enum { kConsumersBarrier = 1, kTurnBarrier = 2, kGroupBarrier = 5, kFreeBarrier = 8 };
+constexpr int kReleaseThreads = 128 * kConsumers + 32;  // the consumers and the producer warp
+static_assert(kFreeBarrier + 2 * kNumStages <= 16, "16 hardware barriers");
+
+PA_DEVICE int free_barrier(int stage, bool is_value) { return kFreeBarrier + 2 * stage + (is_value ? 1 : 0); }
 
 // The kernel's second argument. launch_sm90.py packs it.
 struct Hopper {
@@ -204,15 +212,22 @@ struct Producer {
         warp_barrier();
     }
 
+    // Until the stage's last tile has been read by all consumers.
+    PA_DEVICE void wait_free(int stage, bool is_value, int number) const {
+        const uint32 barrier = is_value ? shared.value_empty(stage) : shared.key_empty(stage);
+        if constexpr (!kNamedRelease) return wait_all(barrier, number / kNumStages);
+        if (number >= kNumStages) named_barrier_sync(free_barrier(stage, is_value), kReleaseThreads);
+    }
+
     PA_DEVICE void load_key(const Work& work, TileKeys keys, int number) const {
         const int stage = number % kNumStages;
-        wait_all(shared.key_empty(stage), number / kNumStages);
+        wait_free(stage, false, number);
         if (lane == 0) load_tile<kPanels>(hopper.key, shared.key(stage), shared.key_full(stage), work, keys);
     }
 
     PA_DEVICE void load_value(const Work& work, TileKeys keys, int number) const {
         const int stage = number % kNumStages;
-        wait_all(shared.value_empty(stage), number / kNumStages);
+        wait_free(stage, true, number);
         if (lane == 0)
             load_tile<kPanelsV>(hopper.value, shared.value(stage), shared.value_full(stage), work, keys);
     }

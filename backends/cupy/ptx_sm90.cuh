@@ -119,6 +119,8 @@ PA_DEVICE uint64 panel_descriptor(uint32 shared, uint32 panel_bytes) {
 
 PA_DEVICE uint64 descriptor_plus(uint64 descriptor, int bytes) { return descriptor + (bytes >> 4); }
 
+PA_DEVICE uint32 float_bits(float v) { return __float_as_uint(v); }
+
 // A store that never happens, for a sum of weights is never -0: what orders waits behind `sum`.
 PA_DEVICE void order_after(float sum, uint32 shared) {
     asm volatile(

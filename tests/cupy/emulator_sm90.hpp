@@ -141,6 +141,8 @@ PA_DEVICE void named_barrier_arrive(int id, int threads) {
     emulator::preempt();
 }
 
+PA_DEVICE uint32 float_bits(float v) { return emulator::as_bits(v); }
+
 PA_DEVICE void prefetch_tensor_map(const TensorMap*) {}
 
 PA_DEVICE void copy_box(uint32 shared, const TensorMap* map, uint32 barrier, int column, int row, int residue,

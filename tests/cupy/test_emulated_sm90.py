@@ -182,7 +182,7 @@ FAULTS = [
     # (order in which it shows, file, lines that are deleted, what the emulator says or "")
     (REVERSED, "forward_sm90.cu", "consumer.wait_value(before);", "more arrivals"),
     (FORWARD, "forward_sm90.cu", "wgmma_wait<1>();", ""),
-    (FORWARD, "hopper.cuh", "wait_all(shared.value_empty(", "deadlock"),
+    (FORWARD, "hopper.cuh", "named_barrier_sync(free_barrier(", "deadlock"),
     (FORWARD, "forward_sm90.cu", "async_proxy_fence();", "no async_proxy_fence"),
 ]
 

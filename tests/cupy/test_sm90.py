@@ -94,14 +94,14 @@ def test_masks_of_many_moduli_are_refused():
 # (head_dim, head_dim_v, terms, stepped, config) -> most bytes of spill stores a thread, as ptxas
 # of NVRTC 13.5 needed, none of them in a loop over full tiles.
 CEILINGS = {
-    (64, 64, NO_TERMS, False, ForwardSm90Config(3, 128, 2)): 32,
-    (64, 64, NO_TERMS, True, ForwardSm90Config(1, 64, 2, blocks_per_sm=3)): 128,
-    (128, 128, NO_TERMS, False, ForwardSm90Config(2, 128, 2)): 16,
-    (128, 128, NO_TERMS, False, ForwardSm90Config(2, 176, 2)): 16,
+    (64, 64, NO_TERMS, False, ForwardSm90Config(3, 128, 2, ping_pong=True)): 192,
+    (64, 64, NO_TERMS, True, ForwardSm90Config(1, 64, 2, blocks_per_sm=3)): 64,
+    (128, 128, NO_TERMS, False, ForwardSm90Config(2, 128, 2, ping_pong=True)): 80,
+    (128, 128, NO_TERMS, False, ForwardSm90Config(2, 176, 2)): 80,
     (128, 128, NO_TERMS, True, ForwardSm90Config(1, 64, 2, blocks_per_sm=2)): 16,
-    (256, 256, NO_TERMS, False, ForwardSm90Config(2, 64, 2, ping_pong=True)): 64,
-    (96, 192, NO_TERMS, False, ForwardSm90Config(2, 96, 2)): 64,
-    (128, 128, ALL_TERMS, False, ForwardSm90Config(2, 64, 2)): 256,
+    (256, 256, NO_TERMS, False, ForwardSm90Config(2, 64, 2, ping_pong=True)): 32,
+    (96, 192, NO_TERMS, False, ForwardSm90Config(2, 96, 2)): 32,
+    (128, 128, ALL_TERMS, False, ForwardSm90Config(2, 64, 2)): 16,
 }
 
 
