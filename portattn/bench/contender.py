@@ -49,7 +49,10 @@ class Contender:
 
     def output(self) -> torch.Tensor:
         """One result as [batch, num_heads, seqlen_q, head_dim]."""
-        result = self.call()
+        return self.as_bhsd(self.call())
+
+    def as_bhsd(self, result: torch.Tensor) -> torch.Tensor:
+        """A result of it as [batch, num_heads, seqlen_q, head_dim]."""
         return result.transpose(1, 2) if self.layout == "bshd" else result
 
 

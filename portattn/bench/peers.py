@@ -10,7 +10,6 @@ import functools
 import importlib
 import importlib.util
 import os
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -19,17 +18,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from portattn.bench.contender import Call, Contender, NotApplicableError
-from portattn.bench.patterns import KINDS, document_ends, document_ids, documents_mod
+from portattn.bench.patterns import document_ends
+from portattn.bench.peers_flex import flex
 from portattn.errors import ConfigError
 
 if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
-
     from portattn.bench.data import Data
-    from portattn.bench.patterns import MaskMod
 
 MASK_TENSOR_LIMIT = 16384  # longest side of a bool mask given to SDPA
-_COMPILE_BLOCK_MASK_FROM = 16384  # shorter ones are faster made eagerly than compiled
 
 
 def _sdpa(data: Data, name: str, backend: SDPBackend | None) -> Contender:
@@ -78,88 +74,6 @@ def _sdpa_mask(data: Data, name: str) -> Contender:
         )
     dense = data.mask.to_dense(workload.seqlen_q, workload.seqlen_k, 0).to(data.device)
     return Contender(name, False, _sdpa_call(data, None, {"attn_mask": dense}))
-
-
-def allow_many_compiles() -> None:
-    """Lift Dynamo's limits: past them FlexAttention falls back to an unfused path; now it raises.
-
-    Raises:
-        ConfigError: this torch has no such settings.
-    """
-    from torch._dynamo import config
-
-    wanted = {
-        "recompile_limit": 1000,
-        "accumulated_recompile_limit": 10000,
-        "fail_on_recompile_limit_hit": True,
-    }
-    for name, value in wanted.items():
-        if not hasattr(config, name):
-            raise ConfigError(f"torch {torch.__version__} has no torch._dynamo.config.{name}")
-        setattr(config, name, value)
-
-
-def _block_mask(data: Data, mask_mod: MaskMod, block: int) -> BlockMask:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    workload = data.workload
-    is_long = workload.seqlen_q * workload.seqlen_k >= _COMPILE_BLOCK_MASK_FROM**2
-    batch = workload.batch if data.kv_lengths is not None else None
-    return create_block_mask(
-        mask_mod, batch, None, workload.seqlen_q, workload.seqlen_k, device=str(data.device),
-        BLOCK_SIZE=block, _compile=is_long,
-    )  # fmt: skip
-
-
-def _flex(data: Data, name: str, kernel_options: dict[str, Any] | None = None) -> Contender:
-    """Compiled FlexAttention, its block mask made before."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    allow_many_compiles()
-    workload = data.workload
-    details: dict[str, Any] = {}
-    block = 128
-    if KINDS[workload.pattern.kind].block != block:
-        details["note"] = (
-            f"block mask of {block}: FlexAttention fails with {KINDS[workload.pattern.kind].block}"
-        )
-    mask_mod = workload.pattern.mask_mod(workload.seqlen_k, data.device)
-    lengths = data.kv_lengths
-    if workload.lengths == "random" and lengths is not None:
-        mask_mod = lambda b, h, i, j: j < lengths[b]  # noqa: E731
-    block_mask = None if mask_mod is None else _block_mask(data, mask_mod, block)
-    # One compiled function per contender; the caller resets Dynamo after the row.
-    compiled = torch.compile(flex_attention, dynamic=False)
-    options: dict[str, Any] = {"enable_gqa": data.is_grouped}
-    if kernel_options is not None:
-        options["kernel_options"] = kernel_options
-
-    def call(blocks: BlockMask | None = block_mask) -> torch.Tensor:
-        output: torch.Tensor = compiled(
-            data.query, data.key, data.value, block_mask=blocks, **options
-        )
-        return output
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the compiler's own deprecations
-        call()
-    fresh = _fresh_flex(data, call) if workload.pattern.is_documents else None
-    return Contender(name, False, call, details=details, fresh=fresh)
-
-
-def _fresh_flex(
-    data: Data, call: Callable[[BlockMask], torch.Tensor]
-) -> Callable[[int], torch.Tensor]:
-    """A new block mask, then the call; the ids change in place, so that nothing recompiles."""
-    pattern, length = data.workload.pattern, data.workload.seqlen_k
-    ids = document_ids(document_ends(length, pattern.values[0], 0)).to(data.device)
-    mask_mod = documents_mod(ids, pattern.kind == "causal_documents")
-
-    def fresh(seed: int) -> torch.Tensor:
-        ids.copy_(document_ids(document_ends(length, pattern.values[0], seed)))
-        return call(_block_mask(data, mask_mod, 128))
-
-    return fresh
 
 
 def _flash_attn_4(data: Data, name: str) -> Contender:
@@ -230,13 +144,13 @@ _GPU: dict[str, Make] = {
     "sdpa_cudnn": lambda data, name: _sdpa(data, name, SDPBackend.CUDNN_ATTENTION),
     "sdpa_efficient": lambda data, name: _sdpa(data, name, SDPBackend.EFFICIENT_ATTENTION),
     "flash_attn_4": _flash_attn_4,
-    "flex": _flex,
-    "flex_flash_attn_4": lambda data, name: _flex(data, name, _FLASH),
+    "flex": flex,
+    "flex_flash_attn_4": lambda data, name: flex(data, name, _FLASH),
 }
 _CPU: dict[str, Make] = {
     "sdpa": lambda data, name: _sdpa(data, name, None),
     "sdpa_mask": _sdpa_mask,
-    "flex": _flex,
+    "flex": flex,
 }
 
 

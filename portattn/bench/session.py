@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from portattn.bench import contender, peers, rounds
+from portattn.bench import contender, peers, rates, rounds
 from portattn.bench.contender import Contender, NotApplicableError
 from portattn.bench.data import Data, Reference
 from portattn.bench.patterns import document_ends
 from portattn.bench.roofline import operations, roofline
+from portattn.bench.time_limit import TimeLimitError, time_limit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from portattn.bench.results import Results
     from portattn.bench.workloads import Workload
 
-FRESH_ROUNDS = 12
+FRESH_ROUNDS = 24
 RUN_SECONDS = 20.0  # a contender that runs longer has hung
 _ERROR_CHARS = 400
 
@@ -37,6 +39,7 @@ class Settings:
         kernels: names of portattn's kernels.
         peers: names of peers.
         seconds: to time each contender of a row, on average.
+        limit_seconds: for a contender to be made, run once and checked.
         dangerous: (row, contender) -> why it must not run here, from the warm-up.
     """
 
@@ -44,6 +47,7 @@ class Settings:
     kernels: tuple[str, ...]
     peers: tuple[str, ...]
     seconds: float = 0.3
+    limit_seconds: float = 60.0
     dangerous: Mapping[tuple[str, str], str] = dataclasses.field(default_factory=dict)
 
 
@@ -54,6 +58,7 @@ def run(
     results: Results,
     end: float,
     on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[Workload]:
     """Rows in order, each written when it is done.
 
@@ -62,8 +67,9 @@ def run(
         settings: who takes part.
         limits: of the device.
         results: where rows go.
-        end: no row begins after this `time.monotonic`.
+        end: no row begins after this `time.monotonic`, and no contender of a row.
         on_row: told each row.
+        say: told what is about to be done.
 
     Returns:
         The rows for which there was no time.
@@ -71,7 +77,7 @@ def run(
     for index, workload in enumerate(workloads):
         if time.monotonic() >= end:
             return workloads[index:]
-        row = run_row(workload, settings, limits)
+        row = run_row(workload, settings, limits, end, say)
         results.add(row)
         on_row(row)
         if rounds.is_lost(settings.device):
@@ -79,13 +85,19 @@ def run(
     return []
 
 
-def run_row(workload: Workload, settings: Settings, limits: Limits) -> dict[str, Any]:
+def run_row(
+    workload: Workload,
+    settings: Settings,
+    limits: Limits,
+    end: float = math.inf,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
     """Check and time one row; failures of contenders are text in ``not_run``."""
     started = time.perf_counter()
     row: dict[str, Any] = {"name": workload.name, "workload": workload.to_dict()}
     try:
         with torch.no_grad():
-            row |= _measure(workload, settings, limits)
+            row |= _measure(workload, settings, limits, end, say)
     except Exception as error:
         row |= {"error": error_text(error)}
     finally:
@@ -102,7 +114,13 @@ def error_text(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:_ERROR_CHARS]}"
 
 
-def _measure(workload: Workload, settings: Settings, limits: Limits) -> dict[str, Any]:
+def _measure(
+    workload: Workload,
+    settings: Settings,
+    limits: Limits,
+    end: float,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
     data = Data(workload, settings.device)
     reference = Reference(data)
     ready, not_run = [], {}
@@ -110,26 +128,20 @@ def _measure(workload: Workload, settings: Settings, limits: Limits) -> dict[str
         if (workload.name, name) in settings.dangerous:
             not_run[name] = settings.dangerous[workload.name, name]
             continue
-        try:
-            one = make()
-            problem = _run_and_check(one, data, reference)
-        except NotApplicableError as reason:
-            problem = str(reason)
-        except rounds.HungError as error:
-            raise rounds.HungError(f"{name} {error}") from error
-        except Exception as error:
-            problem = error_text(error)
-        if problem is None:
-            ready.append(one)
+        say(f"{workload.name}: {name}")
+        left = min(settings.limit_seconds, end - time.monotonic())
+        one = _ready(name, make, data, reference, left)
+        if isinstance(one, str):
+            not_run[name] = one
         else:
-            not_run[name] = problem
+            ready.append(one)
     pairs = workload.kept_pairs()
     bounds = roofline(workload, pairs, limits)
     row: dict[str, Any] = {
         "pairs": pairs,
         "operations": operations(pairs, workload.head_dim),
         "bytes": workload.total_bytes(),
-        **_pass_bytes(data),
+        **rates.pass_bytes(data),
         "roofline": dataclasses.asdict(bounds)
         | {"least_ms": bounds.least_ms, "bound": bounds.bound},
         "cold_l2": settings.device.type == "cuda" and workload.metric != "host",
@@ -137,10 +149,31 @@ def _measure(workload: Workload, settings: Settings, limits: Limits) -> dict[str
         "not_run": not_run,
     }
     if ready:
-        row["contenders"] = _times(ready, data, settings)
-        _rates(row, workload, limits)
-        row |= _ratios(row["contenders"])
+        row["contenders"] = _times(ready, data, reference, settings)
+        rates.add_rates(row, workload, limits)
+        rates.add_ratios(row)
     return row
+
+
+def _ready(
+    name: str, make: Callable[[], Contender], data: Data, reference: Reference, seconds: float
+) -> Contender | str:
+    """A contender that gave the right result within some seconds, or why there is none."""
+    started = time.perf_counter()
+    try:
+        with time_limit(seconds):
+            one = make()
+            problem = _run_and_check(one, data, reference)
+    except NotApplicableError as reason:
+        problem = str(reason)
+    except rounds.HungError as error:
+        raise rounds.HungError(f"{name} {error}") from error
+    except (Exception, TimeLimitError) as error:
+        problem = error_text(error)
+    if problem is not None:
+        return problem
+    one.details["ready_s"] = round(time.perf_counter() - started, 2)
+    return one
 
 
 def _makers(data: Data, settings: Settings) -> Iterator[tuple[str, Callable[[], Contender]]]:
@@ -169,7 +202,9 @@ def _run_and_check(one: Contender, data: Data, reference: Reference) -> str | No
     return reference.wrong(output)
 
 
-def _times(ready: list[Contender], data: Data, settings: Settings) -> dict[str, dict[str, Any]]:
+def _times(
+    ready: list[Contender], data: Data, reference: Reference, settings: Settings
+) -> dict[str, dict[str, Any]]:
     """The numbers of each contender that gave the right result."""
     found: dict[str, dict[str, Any]] = {
         one.name: {"is_own": one.is_own, "is_dense": one.is_dense, **one.details} for one in ready
@@ -187,23 +222,37 @@ def _times(ready: list[Contender], data: Data, settings: Settings) -> dict[str, 
         found[name] |= {
             "median_ms": one.median, "p20_ms": one.p20, "p80_ms": one.p80, "rounds": one.rounds,
         }  # fmt: skip
-    _fresh(ready, data, found)
+    _fresh(ready, data, reference, settings, found)
     return found
 
 
-def _fresh(ready: list[Contender], data: Data, found: dict[str, dict[str, Any]]) -> None:
+def _fresh(
+    ready: list[Contender],
+    data: Data,
+    reference: Reference,
+    settings: Settings,
+    found: dict[str, dict[str, Any]],
+) -> None:
     """Documents: from a new batch's boundaries to the result, and what of it is the mask's.
 
     ``planning_ms`` is the host's time of such a call beyond that of one whose mask is known.
     """
-    calls = {one.name: one.fresh for one in ready if one.fresh is not None}
+    if not data.workload.pattern.is_documents:
+        return
+    for seed in range(FRESH_ROUNDS + 2):  # remembered: drawing them is nobody's cost
+        document_ends(data.workload.seqlen_k, data.workload.pattern.values[0], seed)
+    calls, cached = {}, {}
+    for one in ready:
+        if one.fresh is None:
+            continue
+        problem = _fresh_problem(one, one.fresh, reference, settings.limit_seconds)
+        if problem is None:
+            calls[one.name] = one.fresh
+            cached[one.name] = lambda seed, call=one.call: call()
+        else:
+            found[one.name]["new_mask_error"] = problem
     if not calls:
         return
-    for seed in range(FRESH_ROUNDS + 1):  # remembered: drawing them is nobody's cost
-        document_ends(data.workload.seqlen_k, data.workload.pattern.values[0], seed)
-    for call in calls.values():
-        call(0)
-    cached = {one.name: (lambda seed, call=one.call: call()) for one in ready if one.name in calls}
     waiter = _waiter(data)
     known = rounds.fresh_times(cached, waiter, FRESH_ROUNDS)
     new = rounds.fresh_times(calls, waiter, FRESH_ROUNDS)
@@ -216,64 +265,17 @@ def _fresh(ready: list[Contender], data: Data, found: dict[str, dict[str, Any]])
         }
 
 
+def _fresh_problem(
+    one: Contender, call: Callable[[int], torch.Tensor], reference: Reference, seconds: float
+) -> str | None:
+    """Other boundaries, then the row's own: what is wrong with the result, or None."""
+    try:
+        with time_limit(seconds):
+            call(FRESH_ROUNDS + 1)
+            return reference.wrong(one.as_bhsd(call(0)))
+    except (Exception, TimeLimitError) as error:
+        return error_text(error)
+
+
 def _waiter(data: Data) -> Callable[[], None]:
     return torch.cuda.synchronize if data.device.type == "cuda" else (lambda: None)
-
-
-def _pass_bytes(data: Data) -> dict[str, int]:
-    """What a mask in several passes must move: each reads its rows, the next takes over its sums.
-
-    Between passes the rows' float32 output and LSE are written and read.
-    """
-    workload = data.workload
-    if data.mask is None or workload.metric == "host":
-        return {}
-    passes = len(data.mask.plan(workload.seqlen_q, workload.seqlen_k).pass_steps)
-    if passes == 1:
-        return {}
-    rows = workload.batch * workload.num_heads * workload.seqlen_q
-    query_bytes = rows * workload.head_dim * workload.torch_dtype.itemsize
-    carried = 2 * 4 * rows * (workload.head_dim + 1)
-    inputs = passes * (query_bytes + workload.kv_bytes())
-    return {"passes": passes, "pass_bytes": inputs + (passes - 1) * carried + query_bytes}
-
-
-def _rates(row: dict[str, Any], workload: Workload, limits: Limits) -> None:
-    """Rates and shares of what the device can do."""
-    # Of decoding, the keys and values that exist count; query and output are small beside them.
-    moved = workload.kv_bytes() if workload.metric == "bandwidth" else row["bytes"]
-    dense = workload.batch * workload.num_heads * workload.seqlen_q * workload.seqlen_k
-    for one in row["contenders"].values():
-        if "median_ms" not in one:
-            continue
-        seconds = one["median_ms"] / 1e3
-        pairs = dense if one["is_dense"] else row["pairs"]
-        one["tflops"] = operations(pairs, workload.head_dim) / seconds / 1e12
-        one["of_matmul"] = one["tflops"] / limits.matmul_tflops
-        if one["is_dense"]:
-            continue
-        one["of_roofline"] = row["roofline"]["least_ms"] / one["median_ms"]
-        one["tbps"] = moved / seconds / 1e12
-        one["of_read"] = one["tbps"] / limits.read_tbps
-        if "pass_bytes" in row:
-            one["of_read_in_passes"] = row["pass_bytes"] / seconds / 1e12 / limits.read_tbps
-
-
-def _ratios(contenders: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Each contender against the best peer (1.05: 5 % faster), and the best kernel."""
-    key = "host_us" if any("host_us" in one for one in contenders.values()) else "median_ms"
-    theirs = {n: one[key] for n, one in contenders.items() if not one["is_own"]}
-    ours = {n: one[key] for n, one in contenders.items() if one["is_own"] and not one["is_dense"]}
-    summary: dict[str, Any] = {}
-    if theirs:
-        best = min(theirs, key=lambda name: theirs[name])
-        summary["best_peer"] = best
-        for one in contenders.values():
-            one["of_best_peer"] = theirs[best] / one[key]
-    if ours:
-        summary["best_own"] = min(ours, key=lambda name: ours[name])
-    for name in ours:
-        dense = contenders.get(name + contender.DENSE_SUFFIX)
-        if dense is not None:
-            contenders[name]["of_own_dense"] = contenders[name]["tflops"] / dense["tflops"]
-    return summary

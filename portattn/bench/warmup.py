@@ -1,9 +1,12 @@
 """Compile everything before anything is timed, in many processes at once.
 
 Kernels compiled by a process stay on disk: Triton's, CuPy's, Inductor's and flash-attn-4's caches.
-A pool of processes runs every contender of every row once; the measuring process then loads what
-they left. A failure here is none of the benchmark's results: the contender fails again there. But
-one that hangs, or takes its process with it, is not let into the measuring process.
+Processes run every contender of every row once; the measuring process then loads what they left. A
+failure here is none of the benchmark's results: the contender fails again there. But one that
+hangs, or takes its process with it, is not let into the measuring process.
+
+No queues and no pool: a process that is killed while it holds a queue's lock stops all of them.
+Runs are taken from a shared counter, and what became of each stands in shared memory.
 """
 
 from __future__ import annotations
@@ -13,22 +16,22 @@ import multiprocessing
 import os
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from multiprocessing.sharedctypes import SynchronizedArray
+    from multiprocessing.context import SpawnProcess
 
     import torch
 
     from portattn.bench.workloads import Workload
 
+HUNG_SECONDS = 90
 _CONTEXT_BYTES = 1 << 30  # of a process on the GPU before it allocates anything
 _MAX_PROCESSES = 16
-_HUNG_SECONDS = 60
-_CRASHED = -1.0
-# Of a process of the pool: the array that it shares with the others.
-_states: list[SynchronizedArray[float] | None] = []
+_END_SECONDS = 5.0
+_DONE, _CRASHED = -1.0, -2.0
+Task = tuple["Workload", str, bool]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,6 +46,21 @@ class WarmUp:
 
     left: int
     dangerous: dict[tuple[str, str], str]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shared:
+    """What the processes share.
+
+    Attributes:
+        next: how many runs were begun.
+        states: for each run 0, `time.time` when it began, or how it ended.
+        owners: for each run that was begun the process that has it.
+    """
+
+    next: Any
+    states: Any
+    owners: Any
 
 
 def processes_for(workloads: Sequence[Workload], device: torch.device, tasks: int) -> int:
@@ -80,56 +98,89 @@ def fill_caches(
     tasks = [(workload, name, name in kernels) for workload in workloads for name in names]
     end = time.monotonic() + seconds
     context = multiprocessing.get_context("spawn")
-    # For each run: 0, when it began, or _CRASHED. A process that dies takes its result with it.
-    states = context.Array("d", len(tasks), lock=False)
+    shared = Shared(
+        context.Value("i", 0),
+        context.Array("d", len(tasks), lock=False),
+        context.Array("i", len(tasks), lock=False),
+    )
+
+    def begin() -> SpawnProcess:
+        process = context.Process(target=work, args=(tasks, str(device), shared), daemon=True)
+        process.start()
+        return process
+
     count = processes_for(workloads, device, len(tasks))
-    with context.Pool(count, _prepare_process, (states,)) as pool:
-        pending = [
-            pool.apply_async(_run_once, (*task, str(device), index))
-            for index, task in enumerate(tasks)
-        ]
-        while True:
-            open_runs = [
-                index
-                for index, one in enumerate(pending)
-                if not one.ready() and states[index] != _CRASHED
-            ]
-            hung = [i for i in open_runs if 0 < states[i] < time.time() - _HUNG_SECONDS]
-            progress(len(tasks) - len(open_runs), len(tasks))
-            if len(open_runs) == len(hung) or time.monotonic() >= end:
+    processes: list[SpawnProcess] = []
+    hung: set[int] = set()
+    try:
+        while time.monotonic() < end:
+            processes = [one for one in processes if not _ended(one, shared, hung)]
+            open_runs = sum(state >= 0 for state in shared.states) - len(hung)
+            progress(len(tasks) - open_runs, len(tasks))
+            if open_runs == 0:
                 break
-            time.sleep(0.1)
-    why = {index: f"did not finish in {_HUNG_SECONDS} s of the warm-up" for index in hung}
+            if len(processes) < count and shared.next.value < len(tasks):
+                processes.append(begin())
+            else:
+                time.sleep(0.1)
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:  # what they hold on the GPU goes with them
+            process.join(_END_SECONDS)
+    return WarmUp(sum(state >= 0 for state in shared.states), _dangerous(tasks, shared, hung))
+
+
+def _ended(process: SpawnProcess, shared: Shared, hung: set[int]) -> bool:
+    """Whether a process is over, and note what it took with it; end it if it hangs."""
+    runs = [
+        index
+        for index, (state, owner) in enumerate(zip(shared.states, shared.owners, strict=True))
+        if state > 0 and owner == process.pid and index not in hung
+    ]
+    if not process.is_alive():
+        for index in runs:
+            shared.states[index] = _CRASHED
+        return True
+    if any(shared.states[index] < time.time() - HUNG_SECONDS for index in runs):
+        hung.update(runs)
+        process.kill()
+        return True
+    return False
+
+
+def _dangerous(
+    tasks: Sequence[Task], shared: Shared, hung: set[int]
+) -> dict[tuple[str, str], str]:
+    why = {index: f"did not finish in {HUNG_SECONDS} s of the warm-up" for index in hung}
     why |= {
         index: "crashed in the warm-up, and its process with it"
-        for index in range(len(tasks))
-        if states[index] == _CRASHED
+        for index, state in enumerate(shared.states)
+        if state == _CRASHED
     }
-    dangerous = {(tasks[i][0].name, tasks[i][1]): text for i, text in why.items()}
-    return WarmUp(len(open_runs), dangerous)
+    return {(tasks[index][0].name, tasks[index][1]): text for index, text in why.items()}
 
 
-def _prepare_process(states: SynchronizedArray[float] | None = None) -> None:
-    """One process is one compiler, on one core."""
+def work(tasks: Sequence[Task], device: str, shared: Shared) -> None:
+    """One process: runs, one after another, until none is left. One compiler, on one core."""
     import torch
 
     torch.set_num_threads(1)
-    _states.append(states)
-
-
-def _run_once(workload: Workload, name: str, is_own: bool, device: str, index: int) -> str | None:
-    """One contender, compiled and run; what went wrong, or None."""
-    states = _states[-1] if _states else None
-    if states is not None:
-        states[index] = time.time()
-    problem = _attempt(workload, name, is_own, device)
-    if problem is not None and _is_lost(device):
-        # Nothing else can run on the GPU in this process: the pool starts another.
-        print(f"warm-up: {workload.name}: {name}: {problem}", file=sys.stderr, flush=True)
-        if states is not None:
-            states[index] = _CRASHED
-        os._exit(1)
-    return problem
+    while True:
+        with shared.next:
+            index = shared.next.value
+            shared.next.value += 1
+        if index >= len(tasks):
+            return
+        shared.owners[index] = os.getpid()
+        shared.states[index] = time.time()
+        workload, name, is_own = tasks[index]
+        problem = attempt(workload, name, is_own, device)
+        if problem is not None and _is_lost(device):
+            # Nothing else can run on the GPU in this process: another takes its place.
+            print(f"warm-up: {workload.name}: {name}: {problem}", file=sys.stderr, flush=True)
+            os._exit(1)
+        shared.states[index] = _DONE
 
 
 def _is_lost(device: str) -> bool:
@@ -145,7 +196,8 @@ def _is_lost(device: str) -> bool:
     return False
 
 
-def _attempt(workload: Workload, name: str, is_own: bool, device: str) -> str | None:
+def attempt(workload: Workload, name: str, is_own: bool, device: str) -> str | None:
+    """One contender, compiled and run; what went wrong, or None."""
     import torch
 
     from portattn.bench import contender, data, peers
@@ -155,6 +207,8 @@ def _attempt(workload: Workload, name: str, is_own: bool, device: str) -> str | 
             made = data.Data(workload, torch.device(device))
             one = contender.own(name, made) if is_own else peers.peer(name, made)
             one.call()
+            if one.fresh is not None:
+                one.fresh(0)
             if workload.beside_dense and is_own:
                 contender.own(name, made, is_dense=True).call()
             if made.device.type == "cuda":

@@ -124,14 +124,14 @@ def _one(preset: str, seqlen: int, pattern: Pattern, *, beside_dense: bool = Fal
 
 
 def _sparse() -> list[Workload]:
-    patterns = [
-        Pattern("sliding_window", (1024,)),
-        Pattern("longformer", (512, 64)),
-        Pattern("bigbird", (64, 3, 3, 2)),
-        Pattern("local_strided", (128,)),
-        Pattern("sparse_transformer_strided", (128,)),
-    ]
-    return [_one("sparse", seqlen, pattern) for seqlen in (16384, 65536) for pattern in patterns]
+    window = Pattern("sliding_window", (1024,))
+    longformer = Pattern("longformer", (512, 64))
+    bigbird = Pattern("bigbird", (64, 3, 3, 2))
+    local = Pattern("local_strided", (128,))
+    strided = Pattern("sparse_transformer_strided", (128,))
+    rows = [(16384, longformer), (16384, bigbird), (16384, window), (16384, strided)]
+    rows += [(65536, one) for one in (strided, local, longformer, bigbird, window)]
+    return [_one("sparse", seqlen, pattern) for seqlen, pattern in (*rows, (16384, local))]
 
 
 def _blocks() -> list[Workload]:

@@ -42,9 +42,17 @@ def bench(
     device: Annotated[
         str | None, typer.Option(help="A torch device. Default: cuda if there is one, else cpu.")
     ] = None,
-    only: Annotated[str | None, typer.Option(help="Only rows whose name holds this.")] = None,
-    budget_s: Annotated[float, typer.Option(help="No row begins after this many seconds.")] = 500,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Only rows whose name holds this; may be repeated."),
+    ] = None,
+    budget_s: Annotated[
+        float, typer.Option(help="Seconds in all; no row and no contender begins after them.")
+    ] = 500,
     seconds: Annotated[float, typer.Option(help="To time each contender of a row.")] = 0.3,
+    limit_s: Annotated[
+        float, typer.Option(help="A contender that is not ready after this is left out.")
+    ] = 60,
     warm_up: Annotated[
         bool, typer.Option(help="On a GPU, compile in many processes before anything is timed.")
     ] = True,
@@ -69,13 +77,16 @@ def bench(
 
     console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH, soft_wrap=True)
     where = _device(device)
-    rows, settings = _rows(preset, problem, only, where), _settings(where, kernel, peer, seconds)
+    rows = _rows(preset, problem, only, where)
+    settings = dataclasses.replace(
+        _settings(where, kernel, peer), seconds=seconds, limit_seconds=limit_s
+    )
     if where.type == "cuda":
         torch.cuda.set_device(where)
     measured = limits.device_limits(where)
     run = results.describe_run(where) | {
         "limits": limits.as_dict(measured),
-        "arguments": sys.argv[1:],
+        "arguments": [_without_folder(one) for one in sys.argv[1:]],
     }
     store = results.Results(out, run, keep=resume or append)
     if resume:
@@ -90,9 +101,15 @@ def bench(
     from portattn.cli.bench_tables import row_table
 
     left = session.run(
-        rows, settings, measured, store, end, lambda row: console.print(row_table(row))
+        rows, settings, measured, store, end, lambda row: console.print(row_table(row)), _say
     )
     _finish(console, where, store.document, left, plot)
+
+
+def _without_folder(argument: str) -> str:
+    """An argument that names a file without the folders of this machine."""
+    option, equals, value = argument.rpartition("=")
+    return option + equals + os.path.basename(value)
 
 
 def _device(name: str | None) -> torch.device:
@@ -106,7 +123,10 @@ def _device(name: str | None) -> torch.device:
 
 
 def _rows(
-    presets: list[str] | None, problems: list[str] | None, only: str | None, device: torch.device
+    presets: list[str] | None,
+    problems: list[str] | None,
+    only: list[str] | None,
+    device: torch.device,
 ) -> list[Workload]:
     """The rows asked for, in order.
 
@@ -123,17 +143,17 @@ def _rows(
         raise typer.BadParameter(str(error)) from error
     if device.type != "cuda":
         rows = [row for row in rows if row.metric != "host"]
-    rows = [row for row in rows if only is None or only in row.name]
+    rows = [row for row in rows if not only or any(text in row.name for text in only)]
     if not rows:
         raise typer.BadParameter(
             f"no row is left on {device} (presets {', '.join(chosen)}; the host preset needs a "
-            f"GPU; --only is {only!r})"
+            f"GPU; --only is {', '.join(only or ['not given'])})"
         )
     return rows
 
 
 def _settings(
-    device: torch.device, kernels: list[str] | None, peers: list[str] | None, seconds: float
+    device: torch.device, kernels: list[str] | None, peers: list[str] | None
 ) -> Settings:
     from portattn import dispatch
     from portattn.bench import contender
@@ -148,7 +168,7 @@ def _settings(
         others = [] if none else peer_names(device.type, peers)
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from error
-    return Settings(device, tuple(own), tuple(others), seconds)
+    return Settings(device, tuple(own), tuple(others))
 
 
 def _warm(rows: list[Workload], settings: Settings, console: Console, seconds: float) -> Settings:
@@ -162,6 +182,11 @@ def _warm(rows: list[Workload], settings: Settings, console: Console, seconds: f
     for (row, name), why in found.dangerous.items():
         console.print(f"left out of {row}: {name} {why}", style="red", markup=False)
     return dataclasses.replace(settings, dangerous=found.dangerous)
+
+
+def _say(text: str) -> None:
+    """What is about to be done, so that a log ends with what did not return."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 def _finish(

@@ -1,18 +1,22 @@
 """A row: who takes part, what is checked, what is recorded."""
 
+import dataclasses
 import itertools
 import json
+import pickle
+import signal
 import time
 
 import pytest
 import torch
 
-from portattn.bench import contender, peers, rounds, session, workloads
+from portattn.bench import contender, peers, peers_flex, rounds, session, workloads
 from portattn.bench.contender import NotApplicableError
 from portattn.bench.data import Data, Reference
 from portattn.bench.limits import Limits
 from portattn.bench.patterns import Pattern
 from portattn.bench.results import Results
+from portattn.bench.time_limit import TimeLimitError, time_limit
 from portattn.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -53,6 +57,16 @@ def test_flex_attention_takes_part():
     for one in row["contenders"].values():
         assert one["new_mask_ms"] > 0
         assert "planning_ms" in one
+    theirs, ours = (row["contenders"][name]["new_mask_ms"] for name in ("flex", "cpu_forward"))
+    assert row["contenders"]["cpu_forward"]["new_mask_of_best_peer"] == theirs / ours
+
+
+def test_cache_keys_do_not_depend_on_who_imported_torch():
+    peers_flex.share_compiled()
+    for value in (torch.contiguous_format, torch.channels_last):
+        pickled = pickle.dumps(value)
+        assert pickle.loads(pickled) is value
+        assert b"torch" not in pickled  # as in "torch.contiguous_format" of some module
 
 
 def test_decode_counts_the_keys_that_exist():
@@ -103,6 +117,49 @@ def test_a_failing_peer_is_recorded(monkeypatch):
     monkeypatch.setitem(peers._CPU, "sdpa", fail)
     row = session.run_row(WINDOW, settings(("cpu_forward",), ("sdpa",)), LIMITS)
     assert row["not_run"] == {"sdpa": "RuntimeError: no such kernel"}
+
+
+def test_a_contender_that_takes_too_long_is_left_out(monkeypatch):
+    def never(data, name):
+        while True:
+            time.sleep(0.01)
+
+    monkeypatch.setitem(peers._CPU, "sdpa", never)
+    one = session.Settings(CPU, ("cpu_forward",), ("sdpa", "sdpa_mask"), 0.001, limit_seconds=0.2)
+    said = []
+    row = session.run_row(WINDOW, one, LIMITS, say=said.append)
+    assert row["not_run"] == {"sdpa": "TimeLimitError: did not finish in 0.2 s"}
+    assert set(row["contenders"]) == {"cpu_forward", "sdpa_mask"}
+    assert said[1] == f"{WINDOW.name}: sdpa"
+    row = session.run_row(WINDOW, one, LIMITS, time.monotonic())
+    assert row["not_run"]["cpu_forward"] == "TimeLimitError: no time was left"
+
+
+def test_a_time_limit_ends_with_its_block():
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(TimeLimitError), time_limit(0.01):
+        time.sleep(30)
+    with time_limit(0.05):
+        pass
+    time.sleep(0.1)
+    assert signal.getsignal(signal.SIGALRM) is before
+
+
+def test_a_mask_that_cannot_be_made_again_is_recorded(monkeypatch):
+    """The kernel's time stays."""
+    made = contender.own
+
+    def stale(name, data, **arguments):
+        one = made(name, data, **arguments)
+        return dataclasses.replace(one, fresh=lambda seed: one.fresh(1))
+
+    monkeypatch.setattr(contender, "own", stale)
+    documents = workloads.parse("h2 s256 d32 float32 documents:3")
+    row = session.run_row(documents, settings(("cpu_forward",), ()), LIMITS)
+    one = row["contenders"]["cpu_forward"]
+    assert one["new_mask_error"].startswith("wrong result")
+    assert one["median_ms"] > 0
+    assert "new_mask_ms" not in one
 
 
 def test_a_broken_row_is_recorded():

@@ -1,5 +1,9 @@
 """Compiling ahead in other processes."""
 
+import multiprocessing
+import os
+import time
+
 import torch
 
 from portattn.bench import session, warmup, workloads
@@ -18,48 +22,82 @@ def test_processes_compile_ahead():
     )
     assert found == warmup.WarmUp(0, {})
     assert seen[-1] == (2, 2)
-    assert warmup._run_once(rows[0], "cpu_forward", True, "cpu", 0) is None
-    assert "NotApplicableError" in warmup._run_once(rows[0], "sdpa_mask", False, "cpu", 0)
+    assert warmup.attempt(rows[0], "cpu_forward", True, "cpu") is None
+    assert "NotApplicableError" in warmup.attempt(rows[0], "sdpa_mask", False, "cpu")
 
 
-class SpyPool:
-    """Stands for a pool of processes: runs end as the test says."""
+class FakeProcess:
+    """Stands for a process: it takes the next run and ends as the test says."""
 
-    def __init__(self, states, ends):
-        self.states, self.ends = states, ends
+    def __init__(self, ends, tasks, shared):
+        self.ends, self.tasks, self.shared = ends, tasks, shared
+        self.pid = id(self)
+        self.is_over = self.is_killed = False
 
-    def __enter__(self):
-        return self
+    def start(self):
+        self.work()
 
-    def __exit__(self, *error):
-        return None
+    def work(self):
+        while not self.is_over and self.shared.next.value < len(self.tasks):
+            index = self.shared.next.value
+            self.shared.next.value += 1
+            end = self.ends[self.tasks[index][1]]
+            self.shared.owners[index] = self.pid
+            self.shared.states[index] = warmup._DONE if end == "done" else time.time()
+            if end == "hangs":
+                self.shared.states[index] -= warmup.HUNG_SECONDS
+                return
+            self.is_over = end == "crashes"
 
-    def apply_async(self, function, arguments):
-        *_, name, _, _, index = arguments
-        end = self.ends[name]
-        self.states[index] = end if isinstance(end, float) else 1.0
-        return type("Run", (), {"ready": lambda self: end == "done"})()
+    def is_alive(self):
+        return not self.is_over
+
+    def kill(self):
+        self.is_over = self.is_killed = True
+
+    def join(self, seconds):
+        pass
 
 
 def test_what_hangs_or_crashes_ahead_does_not_run(monkeypatch):
-    ends = {"cpu_forward": "done", "sdpa": warmup._CRASHED, "flex": 1.0, "sdpa_mask": 0.0}
+    ends = {"cpu_forward": "done", "sdpa": "crashes", "flex": "hangs", "sdpa_mask": "done"}
+    begun = []
 
     class Context:
         def Array(self, kind, count, lock):  # noqa: N802
-            self.states = [0.0] * count
-            return self.states
+            return [0] * count
 
-        def Pool(self, count, prepare, arguments):  # noqa: N802
-            return SpyPool(self.states, ends)
+        def Value(self, kind, value):  # noqa: N802
+            return type("Value", (), {"value": value})()
+
+        def Process(self, target, args, daemon):  # noqa: N802
+            begun.append(FakeProcess(ends, args[0], args[2]))
+            return begun[-1]
 
     monkeypatch.setattr(warmup.multiprocessing, "get_context", lambda kind: Context())
+    monkeypatch.setattr(warmup, "processes_for", lambda *arguments: 1)
     others = ["sdpa", "flex", "sdpa_mask"]
-    found = warmup.fill_caches([WINDOW], ["cpu_forward"], others, CPU, 0.3)
-    assert found.left == 2
+    found = warmup.fill_caches([WINDOW], ["cpu_forward"], others, CPU, 5.0)
+    assert found.left == 1
+    assert [process.is_killed for process in begun] == [True, False, True]
     assert found.dangerous == {
         (WINDOW.name, "sdpa"): "crashed in the warm-up, and its process with it",
-        (WINDOW.name, "flex"): "did not finish in 60 s of the warm-up",
+        (WINDOW.name, "flex"): f"did not finish in {warmup.HUNG_SECONDS} s of the warm-up",
     }
-    one = session.Settings(CPU, ("cpu_forward",), ("sdpa",), 0.001, found.dangerous)
+    one = session.Settings(CPU, ("cpu_forward",), ("sdpa",), 0.001, dangerous=found.dangerous)
     row = session.run_row(WINDOW, one, LIMITS)
     assert row["not_run"] == {"sdpa": "crashed in the warm-up, and its process with it"}
+
+
+def test_a_process_that_is_killed_does_not_stop_the_others(monkeypatch):
+    """Real processes: one is killed in the middle of a run, as for want of memory."""
+    context = multiprocessing.get_context("fork")
+    shared = warmup.Shared(
+        context.Value("i", 0), context.Array("d", 2, lock=False), context.Array("i", 2, lock=False)
+    )
+    monkeypatch.setattr(warmup, "attempt", lambda *task: os.kill(os.getpid(), 9))
+    process = context.Process(target=warmup.work, args=([(WINDOW, "a", False)], "cpu", shared))
+    process.start()
+    process.join(30)
+    assert warmup._ended(process, shared, set())
+    assert list(shared.states) == [warmup._CRASHED, 0.0]

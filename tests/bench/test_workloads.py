@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
-from portattn.bench import workloads
+from portattn.bench import flex_blocks, workloads
 from portattn.bench.limits import Limits
 from portattn.bench.patterns import Pattern, document_ends, document_ids
 from portattn.bench.roofline import roofline
@@ -62,6 +63,27 @@ def test_both_forms_of_a_pattern_mean_the_same(text):
     assert torch.equal(mask.to_dense(seqlen, seqlen, 0), theirs)
     row = workloads.Workload("problem", 2, 3, 3, seqlen, seqlen, 16, pattern)
     assert row.kept_pairs() == 2 * 3 * int(theirs.sum())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "causal", "longformer:64:8", "bigbird:16:2:3:1", "sparse_transformer_strided:16",
+        "causal_documents:3",
+    ],
+)  # fmt: skip
+def test_block_masks_are_those_of_create_block_mask(text, monkeypatch):
+    seqlen, block, (kind, *values) = 200, 32, text.split(":")
+    mask_mod = Pattern(kind, tuple(map(int, values))).mask_mod(seqlen, torch.device("cpu"))
+    monkeypatch.setattr(flex_blocks, "_PAIRS_AT_ONCE", 3 * block * 224)  # 3 bands
+    found = flex_blocks.block_mask(mask_mod, seqlen, seqlen, torch.device("cpu"), block)
+    theirs = create_block_mask(
+        mask_mod, None, None, seqlen, seqlen, device="cpu", BLOCK_SIZE=block
+    )
+    assert found.seq_lengths == theirs.seq_lengths
+    assert found.BLOCK_SIZE == theirs.BLOCK_SIZE
+    for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"):
+        assert torch.equal(getattr(found, name), getattr(theirs, name)), name
 
 
 def test_documents_cover_the_tokens():

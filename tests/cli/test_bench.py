@@ -77,6 +77,20 @@ def test_wrong_usage(arguments):
     assert bench(problem="h2 s128")[0] == 2
 
 
+def test_only_keeps_rows_that_hold_one_of_the_texts():
+    more = ("--problem", "h1 s64 d32 float32", "--problem", "h1 s32 d32 float32")
+    _, output = bench("--only", "s128", "--only", "s64", *more, "--limit-s", "30")
+    assert "2 rows" in output
+
+
+def test_results_name_no_folders():
+    from portattn.cli.bench import _without_folder
+
+    given = ["--out", "/home/me/x.json", "--plot=/tmp/x.png", "h2 s128 longformer:8:2"]
+    kept = ["--out", "x.json", "--plot=x.png", "h2 s128 longformer:8:2"]
+    assert [_without_folder(one) for one in given] == kept
+
+
 def test_no_peers():
     code, output = bench(peer="none")
     assert code == 0
