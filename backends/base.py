@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import inspect
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
 from portattn.errors import ConfigError
 
@@ -92,6 +92,27 @@ class AttentionGradients:
     sinks: torch.Tensor | None
 
 
+class Repeat(Protocol):
+    """A call that a kernel has seen, for other tensors with equal metadata."""
+
+    def again(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        lse: torch.Tensor | None,
+        terms: tuple[torch.Tensor | None, ...] | None,
+    ) -> bool:
+        """Compute; False, and nothing done, where only `Kernel.run` can.
+
+        Args:
+            query, key, value, output, lse: as in AttentionInputs; dtypes, shapes, strides and
+                device are those of the call that was seen.
+            terms: kv_lengths, alibi_slopes, bias and sinks; None where it had none of them.
+        """
+
+
 class Kernel(abc.ABC):
     """One implementation of attention. Stateless: one instance serves every call and thread.
 
@@ -127,11 +148,15 @@ class Kernel(abc.ABC):
         """Why this config cannot run the problem on this device (shared memory, tile rules)."""
 
     @abc.abstractmethod
-    def run(self, inputs: AttentionInputs, config: Config) -> None:
+    def run(self, inputs: AttentionInputs, config: Config) -> Repeat | None:
         """Write ``inputs.output`` and ``inputs.lse``, on the tensors' device and current stream.
 
         The inputs are valid, the problem supported and the config feasible: the caller has
-            checked.
+        checked.
+
+        Returns:
+            What does the same for tensors at other addresses, if there is such a thing; the caller
+            holds it by a weak reference.
         """
 
     def backward(

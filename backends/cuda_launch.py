@@ -1,24 +1,29 @@
-"""A CUDA launch that is laid out once and repeated with other pointers.
+"""CUDA launches that are laid out once and repeated with other addresses.
 
 What a launch costs the host is mostly the conversion of its arguments. Here they lie in one block
-of memory in the kernel's own layout; a call writes the few that change and asks the driver,
-through ctypes (1 us), which needs neither CuPy nor Triton.
+of memory in the kernel's own layout; csrc/launch.cpp copies it, writes the addresses that change,
+also into tensor maps, and asks the driver, which needs neither CuPy nor Triton.
 """
 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
+import struct
 import threading
-from typing import TYPE_CHECKING, Any
+from ctypes import POINTER, c_int32, c_int64, c_uint8, c_uint32, c_void_p
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from portattn import native
 from portattn.errors import PortattnError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-# A tensor map must lie at a multiple of 64 bytes; a cache line pair keeps every argument whole.
-_ALIGN = 128
+# A tensor map must lie at a multiple of 64 bytes; structs that hold some are as large.
+_ALIGN, _MAP_ALIGN = 16, 128
+_MAX_BYTES, _MAX_ARGUMENTS = 8192, 256  # PA_LAUNCH_MAX_... in launch.h
 
 
 @functools.cache
@@ -35,12 +40,19 @@ def driver() -> Any:  # noqa: ANN401  # ctypes finds the functions by name
             f"the CUDA driver library cannot be loaded ({error}); install NVIDIA's driver, or "
             'move the tensors to the CPU or name backend="cpu"'
         ) from error
-    unsigned, address = ctypes.c_uint, ctypes.c_void_p
-    library.cuLaunchKernel.argtypes = [address, *[unsigned] * 7, address, address, address]
-    library.cuGetErrorString.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)]
-    library.cuDevicePrimaryCtxRetain.argtypes = [ctypes.POINTER(address), ctypes.c_int]
-    library.cuCtxSetCurrent.argtypes = [address]
+    library.cuGetErrorString.argtypes = [ctypes.c_int, POINTER(ctypes.c_char_p)]
+    library.cuDevicePrimaryCtxRetain.argtypes = [POINTER(c_void_p), ctypes.c_int]
+    library.cuCtxSetCurrent.argtypes = [c_void_p]
     return library
+
+
+@functools.cache
+def driver_functions() -> tuple[int, int]:
+    """Addresses of cuLaunchKernel and of cuTensorMapReplaceAddress (0 before CUDA 12)."""
+    library = driver()
+    replace = getattr(library, "cuTensorMapReplaceAddress", None)
+    launch = ctypes.cast(library.cuLaunchKernel, c_void_p).value or 0
+    return launch, 0 if replace is None else ctypes.cast(replace, c_void_p).value or 0
 
 
 def check(status: int, what: str) -> None:
@@ -61,7 +73,7 @@ _threads = threading.local()
 
 def _enter_context(device_index: int) -> None:
     """Give this thread the device's primary context if it has none: the driver wants one."""
-    library, context = driver(), ctypes.c_void_p()
+    library, context = driver(), c_void_p()
     check(library.cuCtxGetCurrent(ctypes.byref(context)), "cuCtxGetCurrent")
     if not context.value:
         device = ctypes.c_int()
@@ -71,117 +83,178 @@ def _enter_context(device_index: int) -> None:
     _threads.entered = True
 
 
-class Arguments:
-    """A kernel's arguments in one block of memory, with the driver's table of where each starts.
-
-    Not for two threads at once: hold `lock` from the first write to the launch (the driver copies
-    the arguments before it returns).
+class Patch(NamedTuple):
+    """What changes in a launch's arguments from call to call.
 
     Attributes:
-        memory: all arguments, for ``struct.Struct.pack_into(memory, offset, ...)``.
-        offsets: where each argument starts in `memory`, in bytes; addresses are multiples of 128.
-        table: address of the table of addresses (``void** kernelParams``).
-        lock: to be held while writing and launching.
+        argument: index of the kernel's parameter.
+        at: where in it, in bytes.
+        source: which of the call's addresses.
+        offset: bytes added to it.
+        is_map: a tensor map, which gets the address; else 8 bytes, which are the address.
     """
 
-    __slots__ = ("_table", "lock", "memory", "offsets", "sizes", "table")
-
-    def __init__(self, arguments: Sequence[bytes]) -> None:
-        """Lay out the bytes of each kernel parameter, in order, as C lays them out."""
-        self.sizes = tuple(len(argument) for argument in arguments)
-        starts, total = [], 0
-        for size in self.sizes:
-            starts.append(total)
-            total += -(-size // _ALIGN) * _ALIGN
-        self.memory = ctypes.create_string_buffer(total + _ALIGN)
-        skip = -ctypes.addressof(self.memory) % _ALIGN
-        self.offsets = tuple(skip + start for start in starts)
-        self._table = (ctypes.c_void_p * max(len(arguments), 1))()
-        self.table = ctypes.addressof(self._table)
-        self.lock = threading.Lock()
-        for index, argument in enumerate(arguments):
-            self.write(index, argument)
-            self.point(index, self._address(index))
-
-    def write(self, index: int, content: bytes) -> None:
-        """Replace the bytes of argument `index`, all of them.
-
-        Raises:
-            ValueError: another number of bytes.
-        """
-        if len(content) != self.sizes[index]:
-            raise ValueError(
-                f"argument {index} has {self.sizes[index]} bytes, content has {len(content)}"
-            )
-        ctypes.memmove(self._address(index), content, self.sizes[index])
-
-    def read(self, index: int) -> bytes:
-        """The bytes of argument `index` in `memory`."""
-        return ctypes.string_at(self._address(index), self.sizes[index])
-
-    def _address(self, index: int) -> int:
-        return ctypes.addressof(self.memory) + self.offsets[index]
-
-    def point(self, index: int, address: int) -> None:
-        """Read argument `index` from another host address, e.g. of a tensor map kept elsewhere."""
-        self._table[index] = address
+    argument: int
+    at: int
+    source: int
+    offset: int = 0
+    is_map: bool = False
 
 
-class CudaLaunch(Arguments):
-    """One kernel with its arguments, ready to be launched again and again.
-
-    The function's device must be the current one at every launch.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Launch:
+    """One launch of a kernel.
 
     Attributes:
-        keep: what must live as long as the launch, e.g. the module.
+        function: the driver's handle (CUfunction), loaded on the device.
+        arguments: the bytes of each kernel parameter, in order.
+        grid, threads: blocks, and threads of each; both one-dimensional. 0 blocks are no launch.
+        shared_bytes: dynamic shared memory of a block.
+        name: of the kernel, for messages.
+        patches: what each call writes into the arguments.
+        keep: whatever must live as long as the launch, e.g. the module.
+        functions: what launches it in place of `driver_functions`.
     """
 
-    __slots__ = ("_device_index", "_driver_launch", "_fixed", "_function", "_name", "keep")
+    function: int
+    arguments: Sequence[bytes]
+    grid: int
+    threads: int
+    shared_bytes: int
+    name: str
+    patches: Sequence[Patch] = ()
+    keep: object = None
+    functions: tuple[int, int] | None = None
+
+
+class _NativePatch(ctypes.Structure):
+    """pa_patch."""
+
+    _fields_: ClassVar = [
+        ("at", c_int32),
+        ("source", c_int32),
+        ("offset", c_int64),
+        ("is_map", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
+class _NativeLaunch(ctypes.Structure):
+    """pa_launch."""
+
+    _fields_: ClassVar = [
+        ("struct_size", c_uint32),
+        ("abi_version", c_uint32),
+        ("function", c_void_p),
+        ("arguments", POINTER(c_uint8)),
+        ("starts", POINTER(c_int32)),
+        ("patches", POINTER(_NativePatch)),
+        ("num_bytes", c_int32),
+        ("num_arguments", c_int32),
+        ("num_patches", c_int32),
+        ("grid", c_uint32),
+        ("threads", c_uint32),
+        ("shared_bytes", c_uint32),
+    ]
+
+
+@functools.cache
+def _native_launch() -> Any:  # noqa: ANN401  # a ctypes function
+    function = native.library().portattn_launch
+    function.argtypes = [c_void_p, c_int64, c_void_p, c_void_p, ctypes.c_char_p, c_void_p]
+    function.restype = c_int64
+    return function
+
+
+class Launches:
+    """Launches of one call, ready to be repeated one after the other. Thread-safe."""
 
     def __init__(
         self,
-        function: int,
-        arguments: Sequence[bytes],
+        launches: Sequence[Launch],
         *,
-        threads: int,
-        shared_bytes: int,
+        num_sources: int,
         device_index: int,
-        name: str,
-        keep: object = None,
     ) -> None:
         """Lay out the arguments.
 
         Args:
-            function: the driver's handle (CUfunction), loaded on the device.
-            arguments: see `Arguments`.
-            threads: of a block; blocks are one-dimensional.
-            shared_bytes: dynamic shared memory of a block.
+            launches: in order; the device must be the current one whenever they run.
+            num_sources: addresses of a call.
             device_index: CUDA device.
-            name: of the kernel, for messages.
-            keep: whatever must live as long as the launch.
         """
-        super().__init__(arguments)
-        self._function, self._driver_launch = function, driver().cuLaunchKernel
-        self._fixed = (1, 1, threads, 1, 1, shared_bytes)
-        self._device_index, self._name, self.keep = device_index, name, keep
+        self._launches = tuple(launches)
+        own = self._launches[0].functions
+        self._on_driver, functions = own is None, own or driver_functions()
+        if not functions[1] and any(patch.is_map for one in launches for patch in one.patches):
+            raise PortattnError(
+                f"{self._launches[0].name} takes tensor maps, and the CUDA driver has no "
+                "cuTensorMapReplaceAddress: install a driver of CUDA 12 or later"
+            )
+        self._pack = struct.Struct(f"={num_sources}Q").pack
+        self._device_index, self._call = device_index, _native_launch()
+        self._native = (_NativeLaunch * len(self._launches))()
+        self._keep = [
+            _lay_out(launch, made)
+            for launch, made in zip(self._launches, self._native, strict=True)
+        ]
+        self._fixed = (ctypes.addressof(self._native), len(self._launches), *functions)
 
-    def launch(self, grid: int, stream: int) -> None:
-        """Launch `grid` blocks on a stream of the device (torch's ``cuda_stream``, an integer).
+    def run(self, addresses: Sequence[int], stream: int) -> None:
+        """Launch on a stream of the device (torch's ``cuda_stream``, an integer).
 
-        0 blocks are no launch.
+        Args:
+            addresses: of the call, in the order of the patches' sources.
+            stream: see above.
 
         Raises:
-            PortattnError: the driver refuses the launch.
+            PortattnError: the driver refuses a launch.
         """
-        if not hasattr(_threads, "entered"):
+        if self._on_driver and not hasattr(_threads, "entered"):
             _enter_context(self._device_index)
-        if grid == 0:
-            return
-        status = self._driver_launch(self._function, grid, *self._fixed, stream, self.table, None)
+        status = self._call(*self._fixed, self._pack(*addresses), stream)
         if status != 0:
-            _, _, threads, _, _, shared = self._fixed
-            check(
-                status,
-                f"launching {self._name} with {grid} blocks of {threads} threads and {shared} "
-                "bytes of shared memory",
+            self._fail(status)
+
+    def _fail(self, status: int) -> None:
+        if status < 0:
+            raise PortattnError("libportattn has another pa_launch; reinstall portattn")
+        launch = self._launches[status >> 32]
+        check(
+            status & 0xFFFFFFFF,
+            f"launching {launch.name} with {launch.grid} blocks of {launch.threads} threads and "
+            f"{launch.shared_bytes} bytes of shared memory",
+        )
+
+
+def _lay_out(launch: Launch, made: _NativeLaunch) -> tuple[object, ...]:
+    """Fill in a pa_launch; returns what it points to."""
+    starts, content = [], bytearray()
+    for argument in launch.arguments:
+        align = _MAP_ALIGN if len(argument) >= _MAP_ALIGN else _ALIGN
+        content += bytes(-len(content) % align)
+        starts.append(len(content))
+        content += argument
+    if len(content) > _MAX_BYTES or len(starts) > _MAX_ARGUMENTS:
+        raise PortattnError(
+            f"{launch.name} has {len(starts)} arguments of {len(content)} bytes; launch.h has "
+            f"room for {_MAX_ARGUMENTS} of {_MAX_BYTES}"
+        )
+    memory = (c_uint8 * max(len(content), 1)).from_buffer_copy(content or b"\0")
+    firsts = (c_int32 * max(len(starts), 1))(*starts)
+    patches = (_NativePatch * max(len(launch.patches), 1))(
+        *[
+            _NativePatch(
+                starts[patch.argument] + patch.at, patch.source, patch.offset, patch.is_map
             )
+            for patch in launch.patches
+        ]
+    )
+    made.struct_size, made.abi_version = ctypes.sizeof(_NativeLaunch), native.ABI_VERSION
+    made.function, made.grid, made.threads = launch.function, launch.grid, launch.threads
+    made.shared_bytes, made.num_bytes = launch.shared_bytes, len(content)
+    made.num_arguments, made.num_patches = len(starts), len(launch.patches)
+    made.arguments = ctypes.cast(memory, POINTER(c_uint8))
+    made.starts = ctypes.cast(firsts, POINTER(c_int32))
+    made.patches = ctypes.cast(patches, POINTER(_NativePatch))
+    return memory, firsts, patches

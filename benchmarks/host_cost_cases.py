@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import statistics
 import time
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from portattn import masks
-from portattn.backends.cuda_launch import Arguments
+from portattn.backends.cuda_launch import Launch
 from portattn.backends.cupy.forward_sm80 import CupyForwardSm80
 from portattn.plan import Plan, to_device
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from portattn.masks import Mask
 
 LONG = 65536
+# A function of the C library that does nothing: 0 for the function's handle.
+_LABS = ctypes.cast(ctypes.CDLL(None).labs, ctypes.c_void_p).value or 0
 BLOCK, WORKERS = 128, 132
 
 
@@ -51,13 +54,6 @@ PATTERNS: dict[str, Callable[[int, bool], Mask]] = {
 }
 
 
-class NoLaunch(Arguments):
-    """Everything up to the driver, and nothing there."""
-
-    def launch(self, grid: int, stream: int) -> None:
-        """Nothing."""
-
-
 class NoLaunchForward(CupyForwardSm80):
     """The CuPy kernel's host side on the CPU."""
 
@@ -75,8 +71,9 @@ class NoLaunchForward(CupyForwardSm80):
 
     def _make_launch(
         self, variant: Variant, device: torch.device, arguments: Sequence[bytes]
-    ) -> NoLaunch:
-        return NoLaunch(arguments)
+    ) -> Launch:
+        # Everything up to the driver, and nothing there.
+        return Launch(0, arguments, 0, 128, 0, self.name, functions=(_LABS, _LABS))
 
 
 def planning_us(mask: Mask, seqlen: int, device: torch.device, repeats: int) -> dict[str, float]:

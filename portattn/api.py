@@ -161,14 +161,17 @@ def attention(
         terms = NO_TERMS
     else:
         terms = Terms(kv_lengths, alibi_slopes, bias, sinks)
+    is_compiling = torch.compiler.is_compiling()
+    if is_causal and not is_compiling:
+        mask = and_causal(mask)
     options = Options(
         mask, q_offset, scale, softcap, enable_gqa, return_lse, deterministic, backend,
         config if config is None else dispatch.freeze_config(config),
     )  # fmt: skip
-    if torch.compiler.is_compiling():
+    if is_compiling:
         output, lse = _call_traced(query, key, value, terms, options, is_causal)
     else:
-        output, lse = _call_eager(query, key, value, terms, options, is_causal)
+        output, lse = _call_eager(query, key, value, terms, options)
     if layout != "bhsd":
         output = output.transpose(1, 2)
     return output if lse is None else (output, lse)
@@ -200,11 +203,8 @@ def _call_eager(
     value: torch.Tensor,
     terms: Terms,
     options: Options,
-    is_causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Straight to the kernel, or through the op where torch's dispatcher has a say."""
-    if is_causal:
-        options = options._replace(mask=and_causal(options.mask))
     is_plain = (
         type(query) in _PLAIN_TYPES
         and type(key) in _PLAIN_TYPES

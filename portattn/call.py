@@ -1,12 +1,15 @@
 """One attention call from tensors to the kernel: check, choose, run.
 
-Everything that depends on metadata only (shapes, dtypes, devices, options) is checked and chosen
-once and then remembered: a call costs one dictionary look-up and its output's allocation.
+Everything that depends on metadata only (shapes, strides, dtypes, devices, options) is checked and
+chosen once and then remembered, with what the kernel gave to repeat the call: such a call costs
+one dictionary look-up, its output's allocation and the launch.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+import weakref
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,17 +18,43 @@ from portattn.backends import registry
 from portattn.backends.base import AttentionGradients, AttentionInputs, Kernel
 from portattn.preparation import NO_TERMS, Options, Prepared, Terms, prepare
 
-_MAX_PREPARED = 4096
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from portattn.backends.base import Repeat
+
+_MAX_REMEMBERED = 4096
 
 
-# Metadata -> (what it means, the kernel). Emptied when full: a program has few distinct calls, or
-# endlessly many that do not come back (decoding).
-_prepared: dict[tuple[Any, ...], tuple[Prepared, Kernel | None]] = {}
+def _nothing() -> None:
+    """A weak reference to nothing."""
+
+
+@dataclasses.dataclass(slots=True)
+class _Remembered:
+    """What a call's metadata mean.
+
+    Attributes:
+        prepared: the checked call.
+        kernel: what runs it; None where nothing is to be computed.
+        is_output_alike: the output has the query's shape and strides.
+        repeat: a weak reference to what repeats it: plans own that, and may go.
+    """
+
+    prepared: Prepared
+    kernel: Kernel | None
+    is_output_alike: bool
+    repeat: Callable[[], Repeat | None] = _nothing
+
+
+# Emptied when full: a program has few distinct calls, or endlessly many that do not come back
+# (decoding).
+_remembered: dict[tuple[Any, ...], _Remembered] = {}
 
 
 def clear_cache() -> None:
     """Forget prepared calls and kernel choices, e.g. after the tuning database changed."""
-    _prepared.clear()
+    _remembered.clear()
     dispatch.clear_cache()
 
 
@@ -37,14 +66,20 @@ def run(
     Returns:
         The output, and the LSE or None.
     """
-    found = _remembered(query, key, value, terms, options)
-    output = empty_output(query, value)
-    lse = (
-        torch.empty(query.shape[:3], dtype=lse_dtype(query), device=query.device)
-        if options.return_lse
-        else None
-    )
-    _compute(*found, query, key, value, terms, options, output, lse)
+    call = _remember(query, key, value, terms, options)
+    output = torch.empty_like(query) if call.is_output_alike else empty_output(query, value)
+    lse = None
+    if options.return_lse:
+        lse = torch.empty(query.shape[:3], dtype=lse_dtype(query), device=query.device)
+    repeat = call.repeat()
+    if repeat is None or not repeat.again(
+        query, key, value, output, lse, None if terms is NO_TERMS else terms
+    ):
+        made = _compute(call, query, key, value, terms, options, output, lse)
+        # What was made for misaligned tensors would serve the others too, slower.
+        addresses = query.data_ptr() | key.data_ptr() | value.data_ptr() | output.data_ptr()
+        if made is not None and addresses % 16 == 0:
+            call.repeat = weakref.ref(made)
     return output, lse
 
 
@@ -58,8 +93,8 @@ def run_into(
     lse: torch.Tensor | None,
 ) -> None:
     """`run` into the caller's tensors, for tests and tuning; lse as options ask for it."""
-    found = _remembered(query, key, value, terms, options)
-    _compute(*found, query, key, value, terms, options, output, lse)
+    call = _remember(query, key, value, terms, options)
+    _compute(call, query, key, value, terms, options, output, lse)
 
 
 def run_backward(
@@ -97,29 +132,35 @@ def lse_dtype(query: torch.Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
-def _remembered(
+def _remember(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, terms: Terms, options: Options
-) -> tuple[Prepared, Kernel | None]:
-    """What the call's metadata means; made at the first such call."""
-    metadata = (
-        query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype, query.device,
-        key.device, value.device,
-        query.layout, key.layout, value.layout, options,
-        None if terms is NO_TERMS else _signature(terms),
-    )  # fmt: skip
-    found = _prepared.get(metadata)
+) -> _Remembered:
+    """What the call's metadata mean; found out at the first such call."""
+    try:
+        metadata = (
+            query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride(),
+            query.dtype, key.dtype, value.dtype, query.device, key.device, value.device, options,
+            None if terms is NO_TERMS else _signature(terms),
+        )  # fmt: skip
+        found = _remembered.get(metadata)
+    except (RuntimeError, TypeError):  # no strides, or a mask that is none and has no hash
+        prepare(query, key, value, terms, options)
+        raise
     if found is None:
-        found = _prepare_and_remember(metadata, query, key, value, terms, options)
-    # Strides are no part of the metadata: any will do, but for the last dimension.
-    if query.stride(-1) != 1 or key.stride(-1) != 1 or value.stride(-1) != 1:
+        prepared = prepare(query, key, value, terms, options)
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             validation.check_strides(name, tensor)
+        kernel = None if prepared.choice is None else registry.kernel(prepared.choice.kernel_name)
+        like, made = torch.empty_like(query), empty_output(query, value)
+        is_alike = like.shape == made.shape and like.stride() == made.stride()
+        if len(_remembered) >= _MAX_REMEMBERED:
+            _remembered.clear()
+        found = _remembered[metadata] = _Remembered(prepared, kernel, is_alike)
     return found
 
 
 def _compute(
-    prepared: Prepared,
-    kernel: Kernel | None,
+    call: _Remembered,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -127,34 +168,26 @@ def _compute(
     options: Options,
     output: torch.Tensor,
     lse: torch.Tensor | None,
-) -> None:
-    if kernel is None or prepared.choice is None:
+) -> Repeat | None:
+    """Returns what repeats the call for equal metadata, the output's strides among them."""
+    choice = call.prepared.choice
+    if call.kernel is None or choice is None:
         _fill_keyless(output, lse, terms.sinks)
-        return
-    inputs = _inputs(prepared, query, key, value, terms, options, output, lse)
-    kernel.run(inputs, prepared.choice.config)
-
-
-def _prepare_and_remember(
-    metadata: tuple[Any, ...],
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    terms: Terms,
-    options: Options,
-) -> tuple[Prepared, Kernel | None]:
-    prepared = prepare(query, key, value, terms, options)
-    kernel = None if prepared.choice is None else registry.kernel(prepared.choice.kernel_name)
-    if len(_prepared) >= _MAX_PREPARED:
-        _prepared.clear()
-    _prepared[metadata] = (prepared, kernel)
-    return prepared, kernel
+        return None
+    inputs = _inputs(call.prepared, query, key, value, terms, options, output, lse)
+    repeat = call.kernel.run(inputs, choice.config)
+    taken = (inputs.kv_lengths, inputs.alibi_slopes, inputs.sinks)
+    given = (terms.kv_lengths, terms.alibi_slopes, terms.sinks)
+    was_converted = any(x is not y for x, y in zip(taken, given, strict=True))
+    return None if was_converted else repeat
 
 
 def _signature(terms: Terms) -> tuple[Any, ...]:
     return tuple(
         [
-            (type(term), term.shape, term.dtype, term.device)
+            None
+            if term is None
+            else (type(term), term.shape, term.stride(), term.dtype, term.device)
             if isinstance(term, torch.Tensor)
             else type(term)
             for term in terms

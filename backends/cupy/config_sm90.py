@@ -311,8 +311,7 @@ def _is_short(problem: AttentionProblem) -> bool:
 
 
 def _head_group(problem: AttentionProblem) -> int:
-    """Heads that run together: few where rows are short, or those that L2 holds where tiles are
-    drawn at random."""
+    """Heads that run together; where tiles are drawn at random, those that L2 holds."""
     opcodes = {opcode for opcode, _ in instructions(problem.program)}
     heads = 4 if problem.seqlen_k <= _SHORT_KEYS else 16
     if opcodes & {RANDOM_BLOCKS, BLOCK_TABLE}:

@@ -11,8 +11,8 @@
 
 namespace portattn {
 
-PA_DEVICE void compute_row(Output& o, RowState& state, Loader& loader, int& stage, const Params& p,
-                           const Lane& lane, const Cursor& work, uint32 query) {
+// What a row of work begins with.
+PA_DEVICE void clear(Output& o, RowState& state) {
     PA_UNROLL
     for (int n = 0; n < kOutTiles; ++n) {
         PA_UNROLL
@@ -23,55 +23,71 @@ PA_DEVICE void compute_row(Output& o, RowState& state, Loader& loader, int& stag
         state.max[half] = -infinity();
         state.sum[half] = 0.0f;
     }
-    stage_query(p, lane, work, query);
-    QueryFragments fragments;
-    load_query(fragments, lane, query);
-    // The keys that every row attends to: strips inside need no mask.
-    const Keys full{visible_keys(p, work.line.position + last_query(p, work.line), work.line.count).begin,
-                    visible_keys(p, work.line.position + first_query(p, work.line), work.line.count).end};
-    const int rounds = rounds_of(work.count);
-#pragma unroll 1
-    for (int round = 0; round < rounds; ++round) {
-        cp_async_wait<kNumStages - 2>();
-        group_barrier();  // the strip has come; every warp of the group has left the one before
-        loader.load_next();
-        const int strip = round * kKeyGroups + lane.key_group;
-        if (strip < work.count)
-            compute_strip(o, state, fragments, query, p, lane, work, full,
-                          work.line.keys.begin + (work.first + strip) * kBlockK,
-                          loader.strips + stage * kStripBytes);
-        stage = stage + 1 == kNumStages ? 0 : stage + 1;
-    }
 }
 
+// The blocks that have parts of a row of work.
+struct Owners {
+    int first, count;
+};
+
+PA_DEVICE Owners find_owners(const Share& share, int worker, const Cursor& work) {
+    if (work.count == work.line.strips) return Owners{worker, 1};
+    const int begin = share.end - work.left - work.first;
+    const int first = share.owner(begin);
+    return Owners{first, share.owner(begin + work.line.strips - 1) - first + 1};
+}
+
+// Stores what the block computed of a row of work; the last block of the row merges what all of them stored.
+PA_DEVICE void end_row(const Params& p, const Owners& owners, int worker, const Lane& lane,
+                       const Cursor& work, const Output& o, const RowState& state, uint32 shared) {
+    const int slot = owners.count > 1 ? piece_slot(worker, owners.first) : -1;
+    store_rows(p, lane, work, o, state, shared, slot);
+    if (slot >= 0 && is_last_piece(p, owners.first, owners.count, shared + kFlagOffset))
+        merge_pieces(p, lane, work, owners.first, owners.count);
+}
+
+// One loop for all rounds of all rows, that of the first copies included: each step stands in the program
+// once. After other kernels a block finds neither its code nor its data in a cache, and each 128 bytes of
+// code cost about what 128 bytes of data do.
 PA_DEVICE void decode_block(const Params& p) {
     const Lane lane = this_lane();
     const uint32 shared = shared_base();
     const int worker = block_index();
     const Share share = find_share(p, worker, shared + kStageOffset);
     if (share.begin == share.end) return;
+    Cursor work(share);
     Loader loader(p, share, lane, shared);
+    Output o;
+    RowState state;
+    QueryFragments fragments;
+    Owners owners{0, 0};
+    int round = 1 - kNumStages;  // of the row; below 0 there are copies only
 #pragma unroll 1
-    for (int n = 0; n < kNumStages - 1; ++n) loader.load_next();
-    int stage = 0;
-    int begin = share.begin;  // of the row's part, on the axis of all strips
-#pragma unroll 1
-    for (Cursor work(p, share); work.count > 0; work.next(p)) {
-        Output o;
-        RowState state;
-        compute_row(o, state, loader, stage, p, lane, work, shared + kQueryOffset);
-        int first_worker = worker;
-        int num_pieces = 1;
-        if (work.count < work.line.strips) {
-            const int row_begin = begin - work.first;
-            first_worker = share.owner(row_begin);
-            num_pieces = share.owner(row_begin + work.line.strips - 1) - first_worker + 1;
+    while (work.left > 0) {
+        if (round == 0) {
+            work.enter(p);
+            owners = find_owners(share, worker, work);
+            clear(o, state);
+            load_query(fragments, p, lane, work, shared + kQueryOffset);
         }
-        const int slot = num_pieces > 1 ? piece_slot(worker, first_worker) : -1;
-        store_rows(p, lane, work, o, state, shared, slot);
-        if (slot >= 0 && is_last_piece(p, first_worker, num_pieces, shared + kFlagOffset))
-            merge_pieces(p, lane, work, first_worker, num_pieces);
-        begin += work.count;
+        if (round >= 0) {
+            cp_async_wait<kNumStages - 2>();
+            group_barrier();  // the strip has come; every warp of the group has left the one before
+        }
+        loader.load_next();
+        if (round >= 0) {
+            const int strip = round * kKeyGroups + lane.key_group;
+            if (strip < work.count)
+                compute_strip(o, state, fragments, shared + kQueryOffset, p, lane, work,
+                              work.line.keys.begin + (work.first + strip) * kBlockK,
+                              loader.strips + loader.stage * kStripBytes);
+        }
+        ++round;
+        if (round > 0 && round == rounds_of(work.count)) {
+            end_row(p, owners, worker, lane, work, o, state, shared);
+            work.next(p);
+            round = 0;
+        }
     }
 }
 

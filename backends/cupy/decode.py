@@ -7,20 +7,27 @@ or an upload. Not done: other masks, float32, gradients.
 
 from __future__ import annotations
 
-import struct
+import dataclasses
 from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 
 from portattn.backends.base import AttentionInputs, Config, ConfigValue, Kernel
+from portattn.backends.cuda_launch import Launch, Launches
 from portattn.backends.cupy import config_decode as configs
 from portattn.backends.cupy import loader
 from portattn.backends.cupy.config_decode import DecodeConfig, DecodeVariant
 from portattn.backends.cupy.device import device_properties, device_reasons
-from portattn.backends.cupy.fast_launch import LaunchLike, device_launch
+from portattn.backends.cupy.fast_launch import FIELDS, device_launch, field_patches
 from portattn.backends.cupy.launch import DTYPE_NAMES, input_values, is_aligned
-from portattn.backends.cupy.params import pack, pointer
-from portattn.backends.repeated import arrival_counters, call_key, current_device, current_stream
+from portattn.backends.cupy.params import pack
+from portattn.backends.repeated import (
+    KV_LENGTHS,
+    NUM_SOURCES,
+    RepeatedCall,
+    call_key,
+    current_device,
+)
 from portattn.backends.scalar_mask import ScalarMask, scalar_mask
 
 if TYPE_CHECKING:
@@ -30,10 +37,9 @@ if TYPE_CHECKING:
 
 _HEADER = "decode_params.cuh"
 _MAX_LENGTH = 2**31 - 2**20  # key indices are int32, and strips reach past the end
-_MAX_STRIPS = 2**31 - 1
+_MAX_STRIPS = 2**31 - 2**16  # and a share more fits int32
 _MAX_ROWS = 64  # without kv_lengths; the forward kernels read K and V no more often from there on
 _MAX_CALLS = 1024
-_POINTERS = struct.Struct("=12Q")  # the struct's first fields
 
 
 class CupyDecode(Kernel):
@@ -44,7 +50,7 @@ class CupyDecode(Kernel):
     config_type: ClassVar[type[Config]] = DecodeConfig
 
     def __init__(self) -> None:
-        self._calls: dict[Hashable, _DecodeCall] = {}
+        self._calls: dict[Hashable, RepeatedCall] = {}
 
     def unsupported_reasons(self, problem: AttentionProblem) -> list[str]:
         """See `Kernel.unsupported_reasons`."""
@@ -102,10 +108,10 @@ class CupyDecode(Kernel):
         names = ("decode.cu", *configs.HEADERS, "decode.py", "config_decode.py", "launch.py")
         return [str(loader.SOURCE_DIR / name) for name in names]
 
-    def run(self, inputs: AttentionInputs, config: Config) -> None:
+    def run(self, inputs: AttentionInputs, config: Config) -> RepeatedCall | None:
         """See `Kernel.run`."""
         if inputs.output.numel() == 0:
-            return
+            return None
         lengths = inputs.kv_lengths
         key = (
             call_key(self, inputs, config),
@@ -120,12 +126,16 @@ class CupyDecode(Kernel):
                     self._calls.clear()
                 self._calls[key] = call
             call.run(inputs)
+        return call
 
-    def _prepare(self, inputs: AttentionInputs, config: DecodeConfig) -> _DecodeCall:
+    def _prepare(self, inputs: AttentionInputs, config: DecodeConfig) -> RepeatedCall:
         query, key, value = inputs.query, inputs.key, inputs.value
         rows = query.shape[1] // key.shape[1] * query.shape[2]
         terms = inputs.softcap != 0, inputs.alibi_slopes is not None, inputs.bias is not None
-        aligned = all(is_aligned(tensor) for tensor in (query, key, value, inputs.output))
+        # The query is read in pairs of elements.
+        aligned = query.shape[3] % 2 == 0 and all(
+            is_aligned(tensor) for tensor in (query, key, value, inputs.output)
+        )
         variant = configs.variant(
             DTYPE_NAMES[query.dtype], query.shape[3], value.shape[3], rows, aligned, terms, config
         )
@@ -136,7 +146,17 @@ class CupyDecode(Kernel):
         values = _values(inputs, rows, variant.block_q)
         values |= {"min_piece": min_piece, "num_workers": workers}
         launch = self._make_launch(variant, query.device, [pack(values, _HEADER)])
-        return _DecodeCall(launch, workers, variant.block_q, variant.head_dim_v)
+        # Two pieces for each worker: outputs, then LSEs.
+        pieces = 2 * workers * variant.block_q
+        starts = {"piece_output": 0, "piece_lse": 4 * pieces * variant.head_dim_v}
+        patches = field_patches({**FIELDS, "kv_lengths": KV_LENGTHS}, starts, _HEADER)
+        launch = dataclasses.replace(launch, grid=workers, patches=patches)
+        return RepeatedCall(
+            Launches([launch], num_sources=NUM_SOURCES, device_index=query.device.index or 0),
+            query.device,
+            scratch_floats=pieces * (variant.head_dim_v + 1),
+            num_counters=workers,
+        )
 
     def _device_reasons(self, problem: AttentionProblem) -> list[str]:
         return device_reasons(problem, self._capability)
@@ -149,7 +169,7 @@ class CupyDecode(Kernel):
 
     def _make_launch(
         self, variant: DecodeVariant, device: torch.device, arguments: Sequence[bytes]
-    ) -> LaunchLike:
+    ) -> Launch:
         import cupy
 
         cupy.cuda.runtime.setDevice(device.index)  # CuPy keeps the current device per thread
@@ -158,49 +178,7 @@ class CupyDecode(Kernel):
         program = variant.program(f"sm_{major}{minor}")
         function = loader.load_function(program, device.index, shared)
         threads = 32 * variant.config.num_warps
-        return device_launch(function, arguments, threads, shared, device.index, self.name)
-
-
-class _DecodeCall:
-    """One kind of call: its launch, and what it needs beside the inputs. Thread-safe."""
-
-    def __init__(self, launch: LaunchLike, workers: int, block_q: int, head_dim_v: int) -> None:
-        """Workspace: two pieces of block_q rows per worker, and a counter.
-
-        Args:
-            launch: the kernel with its argument.
-            workers: blocks of the grid.
-            block_q, head_dim_v: of the variant.
-        """
-        self._launch, self._workers = launch, workers
-        self._lse_offset = 4 * 2 * workers * block_q * head_dim_v
-        self._floats = 2 * workers * block_q * (head_dim_v + 1)
-
-    def run(self, inputs: AttentionInputs) -> None:
-        """Launch on the inputs' device, which is the current one, and current stream."""
-        device, workers, launch = inputs.query.device, self._workers, self._launch
-        counters = arrival_counters(device, workers)
-        pieces = torch.empty(self._floats, dtype=torch.float32, device=device)
-        start = pieces.data_ptr()
-        stream = current_stream(device.index) if device.type == "cuda" else 0
-        with launch.lock:
-            _POINTERS.pack_into(
-                launch.memory,
-                launch.offsets[0],
-                inputs.query.data_ptr(),
-                inputs.key.data_ptr(),
-                inputs.value.data_ptr(),
-                inputs.output.data_ptr(),
-                pointer(inputs.lse),
-                pointer(inputs.kv_lengths),
-                pointer(inputs.alibi_slopes),
-                pointer(inputs.bias),
-                pointer(inputs.sinks),
-                start,
-                start + self._lse_offset,
-                counters.data_ptr(),
-            )
-            launch.launch(workers, stream)
+        return device_launch(function, arguments, threads, shared, self.name)
 
 
 def _num_strips(batch: int, num_kv_heads: int, rows: int, seqlen_k: int, block_k: int) -> int:
@@ -209,19 +187,35 @@ def _num_strips(batch: int, num_kv_heads: int, rows: int, seqlen_k: int, block_k
     return batch * num_kv_heads * row_blocks * max(-(-seqlen_k // block_k), 1)
 
 
+def _reciprocal(divisor: int) -> tuple[int, int]:
+    """(magic, shift): n // divisor is 2 * n * (magic + 2**32) >> 32 + shift for 0 <= n < 2**31.
+
+    Granlund and Montgomery 1994, theorem 4.2: magic + 2**32 is between 2**31 and 2**32.
+    """
+    shift = (divisor - 1).bit_length()
+    return -(-(1 << (31 + shift)) // divisor) - 2**32, shift
+
+
 def _values(inputs: AttentionInputs, rows: int, block_q: int) -> dict[str, int | float]:
     """Fields of the kernel's argument; those that change from call to call are overwritten."""
     mask = ScalarMask() if inputs.mask is None else scalar_mask(inputs.mask.program)
     if mask is None:
         raise AssertionError("unsupported_reasons refuses other masks")
     lengths = inputs.kv_lengths
+    row_blocks = -(-rows // block_q)
+    group_magic, group_shift = _reciprocal(inputs.query.shape[1] // inputs.key.shape[1])
+    row_blocks_magic, row_blocks_shift = _reciprocal(row_blocks)
     return input_values(inputs) | {
         "kv_lengths": 0,
         "piece_output": 0,
         "piece_lse": 0,
         "counters": 0,
         "num_kv_heads": inputs.key.shape[1],
-        "row_blocks": -(-rows // block_q),
+        "row_blocks": row_blocks,
+        "group_magic": group_magic,
+        "group_shift": group_shift,
+        "row_blocks_magic": row_blocks_magic,
+        "row_blocks_shift": row_blocks_shift,
         # Lengths fit int32: of an int64 the low word is enough.
         "length_stride": 2 if lengths is not None and lengths.dtype == torch.int64 else 1,
         "mask_lo": mask.lo,

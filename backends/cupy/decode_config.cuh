@@ -2,7 +2,7 @@
 // (`DecodeVariant.defines`), a closed list per (dtype, padded head dims, score features, alignment, config).
 #pragma once
 
-#include "ptx.cuh"
+#include "decode_ptx.cuh"
 
 namespace portattn {
 
@@ -30,12 +30,18 @@ constexpr int kOutTiles = kHeadDimV / 8;
 // The query's fragments stay in registers where those suffice; else they are read for each strip.
 constexpr bool kQueryInRegisters = kHeadDim <= 128;
 
+// O leaves few registers: what can be found again is not kept.
+constexpr bool kFewRegisters = kHeadDimV > 128;
+
+// Pieces of a row of work that are loaded at once when they are merged: four registers each.
+constexpr int kMergeBatch = 10;
+
 // Shared memory: the strips, then what merging the key groups takes, then the query.
 constexpr int kKeyPitch = 2 * kHeadDim;  // bytes of a row
 constexpr int kValuePitch = 2 * kHeadDimV;
 constexpr int kStripBytes = kBlockK * (kKeyPitch + kValuePitch);
-constexpr int kStageBytes = kNumWarps * 16 * 32 * 4;  // 16 rows of 32 columns of O a warp
-constexpr int kStatsBytes = kNumWarps * 16 * 16;      // maximum and sum of each row of each warp
+constexpr int kStageBytes = kNumWarps * 4 * kHeadDimV * 4;  // four rows of O a warp
+constexpr int kStatsBytes = kNumWarps * 16 * 16;            // maximum and sum of each row of each warp
 constexpr int kStageOffset = kKeyGroups * kNumStages * kStripBytes;
 constexpr int kStatsOffset = kStageOffset + kStageBytes;
 constexpr int kQueryOffset = kStatsOffset + kStatsBytes;
@@ -45,7 +51,7 @@ static_assert(kBlockQ % 16 == 0 && kNumWarps % kRowGroups == 0, "a warp takes 16
 static_assert(kBlockK % 16 == 0, "P V takes 16 keys at a time");
 static_assert(kHeadDim % 32 == 0 && kHeadDimV % 32 == 0, "head dims are padded to 32");
 static_assert(kNumStages >= 2, "a strip is loaded while another is computed");
-static_assert(4 * (kThreads + 16) <= kStageBytes, "find_share's sums lie where O is staged");
+static_assert(4 * kThreads <= kStageBytes, "find_share's sums lie where O is staged");
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;

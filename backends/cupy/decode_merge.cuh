@@ -50,83 +50,84 @@ PA_DEVICE void store_output(uint16* row, int column, int head_dim_v, const Vec4&
     if (count > 3) output[3] = static_cast<uint16>(high >> 16);
 }
 
+PA_DEVICE Vec4 add_weighted(const Vec4& sum, float weight, const Vec4& v) {
+    return Vec4{fma_f32(weight, v.x, sum.x), fma_f32(weight, v.y, sum.y), fma_f32(weight, v.z, sum.z),
+                fma_f32(weight, v.w, sum.w)};
+}
+
+PA_DEVICE Vec4 scaled(const Vec4& v, float factor) {
+    return Vec4{v.x * factor, v.y * factor, v.z * factor, v.w * factor};
+}
+
 PA_DEVICE int64 piece_row(int slot, int row) { return static_cast<int64>(slot) * kBlockQ + row; }
 
-// A row of the key groups together: what this warp's O is multiplied by, and the row's LSE.
-struct Merged {
-    float factor[2], lse[2];
-};
-
-PA_DEVICE Merged merge_statistics(const Params& p, const Lane& lane, const RowState& state, uint32 stats) {
-    const int warp = lane.thread / 32;
+// What one warp knows of a row: the maximum of its keys' scores, and the sum of their exponentials.
+PA_DEVICE void stage_statistics(uint32 stats, const Lane& lane, const RowState& state) {
     PA_UNROLL
     for (int half = 0; half < 2; ++half) {
         float sum = state.sum[half];
         sum += shuffle_xor(sum, 1);
         sum += shuffle_xor(sum, 2);
-        const int row = lane.group + 8 * half;
-        if (lane.quad == 0) shared_store_pair(stats + 16 * (16 * warp + row), state.max[half], sum);
+        const int row = 16 * (lane.thread / 32) + lane.group + 8 * half;
+        if (lane.quad == 0) shared_store_pair(stats + 16 * row, state.max[half], sum);
     }
-    block_barrier();
+}
+
+// Four rows of a warp's O; neighbouring rows are shifted by 32 bytes, so that there are no bank conflicts.
+PA_DEVICE uint32 stage_offset(int row, int chunk) {
+    return static_cast<uint32>(row * 4 * kHeadDimV + ((chunk ^ (2 * (row % 4))) << 4));
+}
+
+// Rows [4 * round, 4 * round + 4) of the warp's 16.
+PA_DEVICE void stage_rows(uint32 stage, const Lane& lane, const Output& o, int round) {
+    if (lane.group / 4 != round % 2) return;
+    const int row = 4 * (lane.thread / 32) + lane.group % 4;
+    const bool upper = round >= 2;
+    PA_UNROLL
+    for (int n = 0; n < kOutTiles; ++n)
+        shared_store_pair(stage + stage_offset(row, 2 * n + lane.quad / 2) + 8 * (lane.quad % 2),
+                          upper ? o[n][2] : o[n][0], upper ? o[n][3] : o[n][1]);
+}
+
+// Merges the staged rows of the key groups, in their order, and stores them.
+PA_DEVICE void store_staged(const Params& p, const Lane& lane, const Cursor& work, int slot, int round,
+                            uint32 stage, uint32 stats) {
+    constexpr int kChunks = kHeadDimV / 4;
     const float c = kScoreTerms ? 1.0f : p.scale_log2;
-    Merged merged;
-    PA_UNROLL
-    for (int half = 0; half < 2; ++half) {
-        const uint32 row = stats + 16 * (16 * lane.row_group + lane.group + 8 * half);
-        float top = -infinity();
-        PA_UNROLL
-        for (int g = 0; g < kKeyGroups; ++g)
-            top = max_f32(top, shared_load_vec4(row + 256 * kRowGroups * g).x);
-        const float base = top == -infinity() ? 0.0f : top;
-        float sum = 0.0f;
-        PA_UNROLL
-        for (int g = 0; g < kKeyGroups; ++g) {
-            const Vec4 part = shared_load_vec4(row + 256 * kRowGroups * g);
-            sum += part.y * exp2_fast((part.x - base) * c);
-        }
-        merged.lse[half] = sum == 0.0f ? -infinity() : top * c * kLn2 + log_exact(sum);
-        merged.factor[half] = sum == 0.0f ? 0.0f : exp2_fast((state.max[half] - base) * c) / sum;
-    }
-    return merged;
-}
-
-// 16 rows of 32 columns of each warp's O, swizzled like the strips.
-PA_DEVICE void stage_columns(uint32 stage, const Lane& lane, const Output& o, int round,
-                             const float (&factor)[2]) {
-    PA_UNROLL
-    for (int n = 0; n < 4; ++n) {
-        const int column = 8 * n + 2 * lane.quad;
-        PA_UNROLL
-        for (int half = 0; half < 2; ++half) {
-            const uint32 chunk = chunk_offset<128>(lane.group + 8 * half, column / 4);
-            shared_store_pair(stage + chunk + 4 * (column % 4), o[4 * round + n][2 * half] * factor[half],
-                              o[4 * round + n][2 * half + 1] * factor[half]);
-        }
-    }
-}
-
-// Adds up the key groups' staged columns, in their order, and stores them.
-PA_DEVICE void store_columns(const Params& p, const Lane& lane, const Cursor& work, int slot, int round,
-                             uint32 stage) {
-    for (int item = lane.thread; item < 8 * kBlockQ; item += kThreads) {
-        const int row = item / 8;
+#pragma unroll 1
+    for (int item = lane.thread; item < 4 * kRowGroups * kChunks; item += kThreads) {
+        const int chunk = item % kChunks;
+        const int staged = item / kChunks;  // row group by row group, four rows each
+        const int row = 16 * (staged / 4) + 4 * round + staged % 4;
         const RowPlace place = find_row(p, work, row);
         if (!place.exists) continue;
-        const uint32 source = stage + 2048 * (row / 16) + chunk_offset<128>(row % 16, item % 8);
-        Vec4 v = shared_load_vec4(source);
+        float top = -infinity();
+        Vec4 part[kKeyGroups];  // x: maximum, y: sum
         PA_UNROLL
-        for (int g = 1; g < kKeyGroups; ++g) {
-            const Vec4 other = shared_load_vec4(source + 2048 * kRowGroups * g);
-            v.x += other.x;
-            v.y += other.y;
-            v.z += other.z;
-            v.w += other.w;
+        for (int g = 0; g < kKeyGroups; ++g) {
+            part[g] = shared_load_vec4(stats + 16 * (16 * kRowGroups * g + row));
+            top = max_f32(top, part[g].x);
         }
-        const int column = 32 * round + 4 * (item % 8);
+        const float base = top == -infinity() ? 0.0f : top;
+        float sum = 0.0f;
+        Vec4 v{0.0f, 0.0f, 0.0f, 0.0f};
+        PA_UNROLL
+        for (int g = 0; g < kKeyGroups; ++g) {
+            const float weight = exp2_fast((part[g].x - base) * c);
+            sum = fma_f32(weight, part[g].y, sum);
+            const Vec4 o = shared_load_vec4(stage + stage_offset(4 * kRowGroups * g + staged, chunk));
+            v = add_weighted(v, weight, o);
+        }
+        const float lse = sum == 0.0f ? -infinity() : kLn2 * fma_f32(top, c, log2_fast(sum));
+        const float factor = sum == 0.0f ? 0.0f : reciprocal_fast(sum);
         if (slot >= 0) {
-            global_store_vec4(p.piece_output + piece_row(slot, row) * kHeadDimV + column, v);
+            global_store_vec4(p.piece_output + piece_row(slot, row) * kHeadDimV + 4 * chunk,
+                              scaled(v, factor));
+            if (chunk == 0) p.piece_lse[piece_row(slot, row)] = lse;
         } else {
-            store_output(output_row(p, work, place), column, p.head_dim_v, v);
+            const RowEnd end = add_sink(p, place.head, lse);
+            store_output(output_row(p, work, place), 4 * chunk, p.head_dim_v, scaled(v, factor * end.kept));
+            if (chunk == 0) store_lse(p, work, place, end.lse);
         }
     }
 }
@@ -134,46 +135,29 @@ PA_DEVICE void store_columns(const Params& p, const Lane& lane, const Cursor& wo
 // Merges the key groups and stores the rows: to the output, or this block's piece of them to a slot >= 0.
 PA_DEVICE void store_rows(const Params& p, const Lane& lane, const Cursor& work, const Output& o,
                           const RowState& state, uint32 shared, int slot) {
-    Merged merged = merge_statistics(p, lane, state, shared + kStatsOffset);
-    PA_UNROLL
-    for (int half = 0; half < 2; ++half) {
-        const int row = lane.row(half);
-        const RowPlace place = find_row(p, work, row);
-        if (!place.exists) continue;
-        const bool stores = lane.key_group == 0 && lane.quad == 0;
-        if (slot >= 0) {
-            if (stores) p.piece_lse[piece_row(slot, row)] = merged.lse[half];
-            continue;
-        }
-        const RowEnd end = add_sink(p, place.head, merged.lse[half]);
-        merged.factor[half] *= end.kept;
-        if (stores) store_lse(p, work, place, end.lse);
-    }
-    const uint32 stage = shared + kStageOffset;
-    PA_UNROLL
-    for (int round = 0; round < kHeadDimV / 32; ++round) {
-        stage_columns(stage + 2048 * (lane.thread / 32), lane, o, round, merged.factor);
+    const int rounds = divide_up(min_int(rows_left(p, work.line), 16), 4);
+#pragma unroll 1
+    for (int round = 0; round < rounds; ++round) {
+        block_barrier();  // every warp has computed the row, and read what was staged before
+        if (round == 0) stage_statistics(shared + kStatsOffset, lane, state);
+        stage_rows(shared + kStageOffset, lane, o, round);
         block_barrier();
-        store_columns(p, lane, work, slot, round, stage);
-        block_barrier();
+        store_staged(p, lane, work, slot, round, shared + kStageOffset, shared + kStatsOffset);
     }
 }
 
 // True in the block that stored the last of the row's pieces; it then sees the other pieces.
 PA_DEVICE bool is_last_piece(const Params& p, int first_worker, int num_pieces, uint32 flag) {
-    device_fence();
     block_barrier();
     if (thread_index() == 0) {
         // A block begins at most one row of work that others go on with.
         int* counter = p.counters + first_worker;
-        const bool last = atomic_increment(counter) == num_pieces - 1;
+        const bool last = atomic_increment_ordered(counter) == num_pieces - 1;
         if (last) *counter = 0;
         shared_store_int(flag, last ? 1 : 0);
     }
     block_barrier();
-    const bool last = shared_load_int(flag) != 0;
-    device_fence();
-    return last;
+    return shared_load_int(flag) != 0;
 }
 
 // The slot of a block's piece of a row of work: the row began in `first_worker`.
@@ -181,42 +165,81 @@ PA_DEVICE int piece_slot(int worker, int first_worker) {
     return 2 * worker + (worker == first_worker ? 1 : 0);
 }
 
-// Merges the pieces in the order of the keys, so that the result does not depend on which came last: one warp
-// a row.
+// The pieces of one row of a row of work; all but the first lie at equal distances.
+struct Pieces {
+    static constexpr int kStep = 2 * kBlockQ;  // rows
+    int count;
+    const float* first_output;
+    const float* first_lse;
+    const float* output;  // where the first would lie at that distance
+    const float* lse;
+
+    PA_DEVICE Pieces(const Params& p, int first_worker, int num_pieces, int row) : count(num_pieces) {
+        const int64 begin = piece_row(piece_slot(first_worker, first_worker), row);
+        const int64 regular = piece_row(2 * first_worker, row);
+        first_output = p.piece_output + begin * kHeadDimV;
+        first_lse = p.piece_lse + begin;
+        output = p.piece_output + regular * kHeadDimV;
+        lse = p.piece_lse + regular;
+    }
+    PA_DEVICE float load_lse(int n) const {
+        return n < count ? load_fresh(n == 0 ? first_lse : lse + n * kStep) : -infinity();
+    }
+    PA_DEVICE void load(Vec4 (&v)[kMergeBatch], int first, int column) const {
+        const int left = column < kHeadDimV ? count - first : 0;
+        const float* source = output + static_cast<int64>(first) * (kStep * kHeadDimV) + column;
+        PA_UNROLL
+        for (int n = 0; n < kMergeBatch; ++n) {
+            v[n] = Vec4{0.0f, 0.0f, 0.0f, 0.0f};
+            if (n < left)
+                v[n] = load_fresh_vec4(n == 0 && first == 0 ? first_output + column
+                                                            : source + n * (kStep * kHeadDimV));
+        }
+    }
+};
+
+// Merges the pieces in the order of the keys, so that the result does not depend on which came last: a warp
+// takes 128 columns of a row. A load takes longer than all else here, so that many are under way.
 PA_DEVICE void merge_pieces(const Params& p, const Lane& lane, const Cursor& work, int first_worker,
                             int num_pieces) {
-    for (int row = lane.thread / 32; row < kBlockQ; row += kNumWarps) {
-        const RowPlace place = find_row(p, work, row);
-        if (!place.exists) continue;
+    constexpr int kParts = (kHeadDimV + 127) / 128;
+    const int rows = min_int(rows_left(p, work.line), kBlockQ);
+    for (int task = lane.thread / 32; task < rows * kParts; task += kNumWarps) {
+        const int row = task / kParts;
+        const int column = 128 * (task % kParts) + 4 * lane.lane;
+        const Pieces pieces(p, first_worker, num_pieces, row);
         float top = -infinity();
-        for (int n = lane.lane; n < num_pieces; n += 32)
-            top = max_f32(
-                top, load_fresh(p.piece_lse + piece_row(piece_slot(first_worker + n, first_worker), row)));
-        PA_UNROLL
-        for (int mask = 16; mask > 0; mask /= 2) top = max_f32(top, shuffle_xor(top, mask));
-        const float base = top == -infinity() ? 0.0f : top;
         float sum = 0.0f;
-        float v[kHeadDimV / 32] = {};
-#pragma unroll 8  // so many loads are under way: a load takes longer than all else here
-        for (int n = 0; n < num_pieces; ++n) {
-            const int64 source = piece_row(piece_slot(first_worker + n, first_worker), row);
-            const float weight = exp_exact(load_fresh(p.piece_lse + source) - base);
-            sum += weight;
+        Vec4 v{0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 1
+        for (int first = 0; first < num_pieces; first += kMergeBatch) {
+            Vec4 part[kMergeBatch];
+            pieces.load(part, first, column);
+            // Past the batch a piece would count twice.
+            const float lse = lane.lane < kMergeBatch ? pieces.load_lse(first + lane.lane) : -infinity();
+            float new_top = max_f32(top, lse);
             PA_UNROLL
-            for (int i = 0; i < kHeadDimV / 32; ++i)
-                v[i] = fma_f32(weight, load_fresh(p.piece_output + source * kHeadDimV + 32 * i + lane.lane),
-                               v[i]);
+            for (int mask = 16; mask > 0; mask /= 2) new_top = max_f32(new_top, shuffle_xor(new_top, mask));
+            const float base = new_top == -infinity() ? 0.0f : new_top;
+            const float rescale = exp2_fast(kLog2e * (top - base));
+            const float weight = exp2_fast(kLog2e * (lse - base));
+            top = new_top;
+            sum *= rescale;
+            v = scaled(v, rescale);
+            PA_UNROLL
+            for (int n = 0; n < kMergeBatch; ++n) {
+                const float w = shuffle(weight, n);
+                sum += w;
+                v = add_weighted(v, w, part[n]);
+            }
         }
-        const RowEnd end = add_sink(p, place.head, sum == 0.0f ? -infinity() : base + log_exact(sum));
-        const float factor = sum == 0.0f ? 0.0f : end.kept / sum;
-        uint16* output = output_row(p, work, place);
-        PA_UNROLL
-        for (int i = 0; i < kHeadDimV / 32; ++i) {
-            const int column = 32 * i + lane.lane;
-            if (column < p.head_dim_v)
-                output[column] = static_cast<uint16>(pack_pair<kBfloat16>(v[i] * factor, 0.0f) & 0xffffu);
-        }
-        if (lane.lane == 0) store_lse(p, work, place, end.lse);
+        const RowPlace place = find_row(p, work, row);
+        const RowEnd end =
+            add_sink(p, place.head, sum == 0.0f ? -infinity() : fma_f32(kLn2, log2_fast(sum), top));
+        const float factor = sum == 0.0f ? 0.0f : end.kept * reciprocal_fast(sum);
+        if (column < kHeadDimV)
+            store_output(output_row(p, work, place), column, p.head_dim_v, scaled(v, factor));
+        if (lane.lane == 0 && task % kParts == 0) store_lse(p, work, place, end.lse);
     }
 }
 

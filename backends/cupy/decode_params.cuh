@@ -53,9 +53,13 @@ struct Params {
     int mask_hi;
     int mask_begin;
     int mask_end;
-    int min_piece;     // strips that a block takes at least
-    int num_workers;   // blocks of the grid
-    int query_factor;  // 1, -1 or 0: what the query is multiplied by, so that the scale below is positive
+    int min_piece;    // strips that a block takes at least
+    int num_workers;  // blocks of the grid
+    int group_magic;  // n / group_size, see divide()
+    int group_shift;
+    int row_blocks_magic;  // n / row_blocks
+    int row_blocks_shift;
+    int query_factor;  // 1, -1 or 0: what products are multiplied by, so that the scale below is positive
     float scale_log2;  // |softmax scale| * log2(e); 1 * log2(e) where the scale is 0
     float softcap;
     float softcap_inverse;  // |scale| / softcap

@@ -30,10 +30,9 @@ PA_DEVICE void copy_unaligned(uint32 shared, const char* source, int bytes) {
     shared_store_words(shared, words);
 }
 
-// kBlockK rows of K or V from row `first`. A thread keeps its place in panels of 128 (or 64) bytes of a row
-// and walks down the rows. kWhole: all rows and columns exist; else rows at or past `limit` and columns past
-// `width_bytes` become zeros.
-template <int kPitch, bool kWhole>
+// kBlockK rows of K or V from row `first`; rows at or past `limit` and columns past `width_bytes` become
+// zeros. A thread keeps its place in panels of 128 (or 64) bytes of a row and walks down the rows.
+template <int kPitch>
 PA_DEVICE void copy_rows(uint32 shared, const char* base, int64 stride_bytes, int first, int limit,
                          int width_bytes, int thread) {
     constexpr int kPanel = kPitch % 128 == 0 ? 8 : 4;  // chunks
@@ -52,11 +51,8 @@ PA_DEVICE void copy_rows(uint32 shared, const char* base, int64 stride_bytes, in
             const char* chunk = source + 16 * kPanel * panel;
             // One warp takes four of eight rows of the swizzle at a time.
             const uint32 place = (target ^ ((row & 4) << 4)) + row * kPitch + 16 * kPanel * panel;
-            int bytes = 16;
-            if constexpr (!kWhole) {
-                bytes = min_int(width_bytes - column - 16 * kPanel * panel, 16);
-                if (position >= limit || bytes < 0) bytes = 0;
-            }
+            int bytes = max_int(min_int(width_bytes - column - 16 * kPanel * panel, 16), 0);
+            bytes = position < limit ? bytes : 0;
             if constexpr (kAligned) {
                 cp_async_16(place, bytes > 0 ? chunk : base, bytes);
             } else {
@@ -68,68 +64,6 @@ PA_DEVICE void copy_rows(uint32 shared, const char* base, int64 stride_bytes, in
     }
 }
 
-template <int kPitch>
-PA_DEVICE void load_rows(uint32 shared, const char* base, int64 stride_bytes, int first, int limit,
-                         int width_bytes, int thread) {
-    if (kAligned && width_bytes == kPitch && first + kBlockK <= limit) {
-        copy_rows<kPitch, true>(shared, base, stride_bytes, first, limit, width_bytes, thread);
-    } else {
-        copy_rows<kPitch, false>(shared, base, stride_bytes, first, limit, width_bytes, thread);
-    }
-}
-
-// Loads the strips of one key group in the order in which they are computed, across rows of work: the copies
-// do not pause where a row ends.
-struct Loader {
-    const Params& p;
-    Cursor cursor;
-    uint32 strips;  // of this key group, in shared memory
-    int key_group, thread;
-    int round, stage;
-    const char* key;
-    const char* value;
-
-    PA_DEVICE Loader(const Params& params, const Share& share, const Lane& lane, uint32 shared)
-        : p(params),
-          cursor(params, share),
-          strips(shared + lane.key_group * kNumStages * kStripBytes),
-          key_group(lane.key_group),
-          thread(lane.thread % kGroupThreads),
-          round(0),
-          stage(0) {
-        find_head();
-    }
-
-    PA_DEVICE void find_head() {
-        key = static_cast<const char*>(p.key) +
-              2 * (cursor.line.batch * p.key_stride_batch + cursor.head * p.key_stride_head);
-        value = static_cast<const char*>(p.value) +
-                2 * (cursor.line.batch * p.value_stride_batch + cursor.head * p.value_stride_head);
-    }
-
-    // Commits a group, an empty one where there is nothing to load, so that waiting can count groups.
-    PA_DEVICE void load_next() {
-        if (cursor.count > 0) {
-            const int strip = round * kKeyGroups + key_group;
-            if (strip < cursor.count) {
-                const int first = cursor.line.keys.begin + (cursor.first + strip) * kBlockK;
-                const uint32 target = strips + stage * kStripBytes;
-                load_rows<kKeyPitch>(target, key, 2 * p.key_stride_row, first, cursor.line.keys.end,
-                                     2 * p.head_dim, thread);
-                load_rows<kValuePitch>(target + kBlockK * kKeyPitch, value, 2 * p.value_stride_row, first,
-                                       cursor.line.keys.end, 2 * p.head_dim_v, thread);
-            }
-            if (++round == rounds_of(cursor.count)) {
-                round = 0;
-                cursor.next(p);
-                find_head();
-            }
-        }
-        cp_async_commit();
-        stage = stage + 1 == kNumStages ? 0 : stage + 1;
-    }
-};
-
 // Query and query head of a row of the block.
 struct RowPlace {
     int query, head;
@@ -139,7 +73,7 @@ struct RowPlace {
 PA_DEVICE RowPlace find_row(const Params& p, const Cursor& work, int row) {
     const int packed = work.line.row_block * kBlockQ + row;
     RowPlace place;
-    place.query = packed / p.group_size;
+    place.query = divide(packed, p.group_magic, p.group_shift);
     place.head = work.head * p.group_size + packed - place.query * p.group_size;
     place.exists = place.query < p.seqlen_q;
     return place;
@@ -147,27 +81,102 @@ PA_DEVICE RowPlace find_row(const Params& p, const Cursor& work, int row) {
 
 // Two neighbouring elements; those past `width` are 0.
 PA_DEVICE uint32 load_pair(const uint16* row, int column, int width) {
-    if (kAligned && column + 1 < width) return load_word(reinterpret_cast<const uint32*>(row + column));
+    // Aligned rows have an even number of elements (decode.py).
+    if constexpr (kAligned)
+        return column < width ? load_word(reinterpret_cast<const uint32*>(row + column)) : 0u;
     uint32 pair = 0u;
     if (column < width) pair = load_half(row + column);
     if (column + 1 < width) pair |= static_cast<uint32>(load_half(row + column + 1)) << 16;
     return pair;
 }
 
-// The scale's sign, or that it is 0, goes into the query, so that the softmax may take the maximum of
-// unscaled scores.
+struct QueryRow {
+    const uint16* source;
+    int width;  // elements that exist: none of a row that does not
+
+    PA_DEVICE QueryRow(const Params& p, const Cursor& work, int row) {
+        const RowPlace place = find_row(p, work, row);
+        source = static_cast<const uint16*>(p.query) + work.line.batch * p.query_stride_batch +
+                 place.head * p.query_stride_head + place.query * p.query_stride_row;
+        width = place.exists ? p.head_dim : 0;
+    }
+    PA_DEVICE uint32 pair(int column) const { return load_pair(source, column, width); }
+};
+
+// Loads the strips of one key group in the order in which they are computed, across rows of work: the copies
+// do not pause where a row ends.
+struct Loader {
+    const Params& p;
+    Cursor cursor;
+    uint32 strips;  // of this key group, in shared memory
+    int key_group, thread;
+    int round, stage;
+    const char* key;  // of the row of work; found with its first strip
+    const char* value;
+
+    PA_DEVICE Loader(const Params& params, const Share& share, const Lane& lane, uint32 shared)
+        : p(params),
+          cursor(share),
+          strips(shared + lane.key_group * kNumStages * kStripBytes),
+          key_group(lane.key_group),
+          thread(lane.thread % kGroupThreads),
+          round(0),
+          stage(0),
+          key(nullptr),
+          value(nullptr) {}
+
+    PA_DEVICE void find_head() {
+        key = static_cast<const char*>(p.key) +
+              2 * (cursor.line.batch * p.key_stride_batch + cursor.head * p.key_stride_head);
+        value = static_cast<const char*>(p.value) +
+                2 * (cursor.line.batch * p.value_stride_batch + cursor.head * p.value_stride_head);
+    }
+
+    // The query of the row is needed some rounds from now, at once.
+    PA_DEVICE void prefetch_query() const {
+        constexpr int kLines = kKeyPitch > 128 ? kKeyPitch / 128 : 1;
+        const int rows = min_int(rows_left(p, cursor.line), kBlockQ);
+#pragma unroll 1
+        for (int item = thread; item < rows * kLines; item += kGroupThreads) {
+            const QueryRow row(p, cursor, item / kLines);
+            const int column = 64 * (item % kLines);
+            if (column < row.width) prefetch_line(row.source + column);
+        }
+    }
+
+    // Commits a group, an empty one where there is nothing to load, so that waiting can count groups.
+    PA_DEVICE void load_next() {
+        if (cursor.left > 0) {
+            if (round == 0) cursor.enter(p);
+            if (round == 0 || kFewRegisters) find_head();
+            if (round == 0 && key_group == 0) prefetch_query();  // before keys: it would come after them
+            const int strip = round * kKeyGroups + key_group;
+            if (strip < cursor.count) {
+                const int first = cursor.line.keys.begin + (cursor.first + strip) * kBlockK;
+                const uint32 target = strips + stage * kStripBytes;
+                copy_rows<kKeyPitch>(target, key, 2 * p.key_stride_row, first, cursor.line.keys.end,
+                                     2 * p.head_dim, thread);
+                copy_rows<kValuePitch>(target + kBlockK * kKeyPitch, value, 2 * p.value_stride_row, first,
+                                       cursor.line.keys.end, 2 * p.head_dim_v, thread);
+            }
+            if (++round == rounds_of(cursor.count)) {
+                round = 0;
+                cursor.next(p);
+            }
+        }
+        cp_async_commit();
+        stage = stage + 1 == kNumStages ? 0 : stage + 1;
+    }
+};
+
 PA_DEVICE void stage_query(const Params& p, const Lane& lane, const Cursor& work, uint32 query) {
-    const uint32 sign = p.query_factor < 0 ? 0x80008000u : 0u;
     for (int item = lane.thread; item < kBlockQ * kHeadDim / 8; item += kThreads) {
         const int row = item / (kHeadDim / 8);
         const int chunk = item % (kHeadDim / 8);
-        const RowPlace place = find_row(p, work, row);
-        const uint16* source = static_cast<const uint16*>(p.query) + work.line.batch * p.query_stride_batch +
-                               place.head * p.query_stride_head + place.query * p.query_stride_row;
-        const int width = place.exists && p.query_factor != 0 ? p.head_dim : 0;
+        const QueryRow source(p, work, row);
         uint32 words[4];
         PA_UNROLL
-        for (int w = 0; w < 4; ++w) words[w] = load_pair(source, 8 * chunk + 2 * w, width) ^ sign;
+        for (int w = 0; w < 4; ++w) words[w] = source.pair(8 * chunk + 2 * w);
         shared_store_words(query + chunk_offset<kKeyPitch>(row, chunk), words);
     }
     block_barrier();
@@ -178,15 +187,26 @@ PA_DEVICE void load_fragment(uint32 (&a)[4], const Lane& lane, uint32 query, int
     ldmatrix_x4(a, other_chunk<kKeyPitch>(query + chunk_offset<kKeyPitch>(row, lane.lane / 16), 2 * step));
 }
 
-PA_DEVICE void load_query(QueryFragments& a, const Lane& lane, uint32 query) {
+// Straight to registers where it stays there: nobody waits for another warp.
+PA_DEVICE void load_query(QueryFragments& a, const Params& p, const Lane& lane, const Cursor& work,
+                          uint32 query) {
     if constexpr (kQueryInRegisters) {
         PA_UNROLL
-        for (int step = 0; step < kHeadDim / 16; ++step) load_fragment(a[step], lane, query, step);
+        for (int half = 0; half < 2; ++half) {
+            const QueryRow source(p, work, lane.row(half));
+            PA_UNROLL
+            for (int step = 0; step < kHeadDim / 16; ++step) {
+                a[step][half] = source.pair(16 * step + 2 * lane.quad);
+                a[step][2 + half] = source.pair(16 * step + 8 + 2 * lane.quad);
+            }
+        }
+    } else {
+        stage_query(p, lane, work, query);
     }
 }
 
-PA_DEVICE void query_key(Scores& s, const QueryFragments& fragments, const Lane& lane, uint32 query,
-                         uint32 key) {
+PA_DEVICE void query_key(Scores& s, const QueryFragments& fragments, const Params& p, const Lane& lane,
+                         uint32 query, uint32 key) {
     PA_UNROLL
     for (int n = 0; n < kKeyTiles; ++n) {
         PA_UNROLL
@@ -209,6 +229,15 @@ PA_DEVICE void query_key(Scores& s, const QueryFragments& fragments, const Lane&
             ldmatrix_x4(b, other_chunk<kKeyPitch>(address, 2 * step) + 16 * pair * kKeyPitch);
             mma_m16n8k16<kBfloat16>(s[2 * pair], a, b[0], b[1]);
             mma_m16n8k16<kBfloat16>(s[2 * pair + 1], a, b[2], b[3]);
+        }
+    }
+    // The scale's sign, or that it is 0: the softmax takes the maximum of unscaled scores. The query itself
+    // is as loaded, so that nothing waits for it before the first product.
+    if (p.query_factor != 1) {
+        PA_UNROLL
+        for (int n = 0; n < kKeyTiles; ++n) {
+            PA_UNROLL
+            for (int r = 0; r < 4; ++r) s[n][r] *= static_cast<float>(p.query_factor);
         }
     }
 }
@@ -289,8 +318,7 @@ PA_DEVICE void apply_mask(Scores& s, const Params& p, const Lane& lane, const Cu
     }
 }
 
-// Scores to weights in place; rescales O. kGuarded: some rows may have kept nothing yet.
-template <bool kGuarded>
+// Scores to weights in place; rescales O. Some rows may have kept nothing yet.
 PA_DEVICE void softmax_step(Scores& s, Output& o, RowState& state, float scale_log2) {
     const float c = kScoreTerms ? 1.0f : scale_log2;
     float rescale[2];
@@ -301,7 +329,7 @@ PA_DEVICE void softmax_step(Scores& s, Output& o, RowState& state, float scale_l
         for (int n = 0; n < kKeyTiles; ++n) top = max_f32(top, max_f32(s[n][2 * half], s[n][2 * half + 1]));
         top = max_f32(top, shuffle_xor(top, 1));
         top = max_f32(top, shuffle_xor(top, 2));
-        const float base = kGuarded && top == -infinity() ? 0.0f : top;
+        const float base = top == -infinity() ? 0.0f : top;
         rescale[half] = exp2_fast((state.max[half] - base) * c);
         const float shift = -base * c;
         float sum = 0.0f;
@@ -327,18 +355,14 @@ PA_DEVICE void softmax_step(Scores& s, Output& o, RowState& state, float scale_l
 }
 
 PA_DEVICE void compute_strip(Output& o, RowState& state, const QueryFragments& fragments, uint32 query,
-                             const Params& p, const Lane& lane, const Cursor& work, const Keys& full,
-                             int first_key, uint32 strip) {
+                             const Params& p, const Lane& lane, const Cursor& work, int first_key,
+                             uint32 strip) {
     Scores s;
-    query_key(s, fragments, lane, query, strip);
+    query_key(s, fragments, p, lane, query, strip);
     if constexpr (kScoreTerms) add_score_terms(s, p, lane, work, first_key);
-    if (first_key < full.begin || first_key + kBlockK > full.end) {
+    if (kFewRegisters || first_key < work.line.full.begin || first_key + kBlockK > work.line.full.end)
         apply_mask(s, p, lane, work, first_key);
-        softmax_step<true>(s, o, state, p.scale_log2);
-    } else {
-        // A bias may hold -inf in a whole row of a full strip.
-        softmax_step<kBias>(s, o, state, p.scale_log2);
-    }
+    softmax_step(s, o, state, p.scale_log2);
     weights_value(o, s, lane, strip + kBlockK * kKeyPitch);
 }
 

@@ -37,7 +37,7 @@ struct TileLoader {
           buffers(shared),
           total(total_tiles),
           keys(tile_keys(params, work.item, 0)) {
-        const int64 kv_head = work.head / p.group_size;
+        const int64 kv_head = static_cast<uint32>(work.head) / static_cast<uint32>(p.group_size);
         key = static_cast<const char*>(p.key) +
               kElementBytes * (work.batch * p.key_stride_batch + kv_head * p.key_stride_head);
         value = static_cast<const char*>(p.value) +
@@ -109,7 +109,7 @@ PA_DEVICE void weights_of_keys(Scores& s, RowState& state, const RowShifts& shif
 // O += P V. The weights of the next 16 keys are computed between the products of these: a warp issues in
 // order, and a product keeps the tensor cores busy for longer than its issue.
 PA_DEVICE void add_tile(Output& o, Scores& s, RowState& state, const RowShifts& shifts, float c,
-                        const Lane& lane, uint32 value) {
+                        const Lane& lane, const Places& places, uint32 value) {
     constexpr int kSteps = kBlockK / 16;
     if constexpr (!kTensorCores) {
         PA_UNROLL
@@ -118,7 +118,7 @@ PA_DEVICE void add_tile(Output& o, Scores& s, RowState& state, const RowShifts& 
         return;
     }
     constexpr int kPairs = kOutTiles / 2;
-    const uint32 address = value + chunk_offset<kValuePitch>(lane.lane % 16, lane.lane / 16);
+    const uint32 address = value + places.value;
     weights_of_keys(s, state, shifts, c, 0, 0, 1);
     PA_UNROLL
     for (int step = 0; step < kSteps; ++step) {
@@ -147,7 +147,7 @@ PA_DEVICE void add_tile(Output& o, Scores& s, RowState& state, const RowShifts& 
 }
 
 PA_DEVICE void finish_tile(Scores& s, Output& o, RowState& state, const TileState& tile, const Params& p,
-                           const Lane& lane, const Work& work, uint32 value) {
+                           const Lane& lane, const Places& places, const Work& work, uint32 value) {
     const float c = kScoreTerms ? 1.0f : p.scale_log2;
     RowShifts shifts;
     bool grown;
@@ -160,17 +160,17 @@ PA_DEVICE void finish_tile(Scores& s, Output& o, RowState& state, const TileStat
         grown = raise_bases<kBias>(s, state, shifts, c);
     }
     if (grown) rescale_output(o, shifts.factors);
-    add_tile(o, s, state, shifts, c, lane, value);
+    add_tile(o, s, state, shifts, c, lane, places, value);
 }
 
 // Q, in the group of the first tile's K. -1 or 0 times the query: the scale's sign.
-PA_DEVICE void take_query(QueryFragments& fragments, const Params& p, const Lane& lane,
+PA_DEVICE void take_query(QueryFragments& fragments, const Params& p, const Places& places,
                           const Buffers& buffers) {
     if (p.query_factor != 1) {
         scale_query(buffers.query, p.query_factor);
         block_barrier();
     }
-    load_query(fragments, lane, buffers.query);
+    load_query(fragments, buffers.query + places.query);
 }
 
 // Several buffers: kNumStages - 1 tiles are under way while one is computed, and one barrier a tile says both
@@ -178,6 +178,7 @@ PA_DEVICE void take_query(QueryFragments& fragments, const Params& p, const Lane
 PA_DEVICE void run_tiles_staged(Output& o, RowState& state, const Params& p, const Lane& lane,
                                 const Work& work, const Buffers& buffers, int total) {
     constexpr int kAhead = kNumStages - 1;
+    const Places places = lane_places(lane);
     TileLoader loader(p, work, buffers, total);
     load_query_rows(p, work, buffers.query);
     int load_stage = 0;
@@ -192,7 +193,7 @@ PA_DEVICE void run_tiles_staged(Output& o, RowState& state, const Params& p, con
     if (kQueryInRegisters || p.query_factor != 1) {
         cp_async_wait<kAhead - 1>();
         block_barrier();
-        take_query(fragments, p, lane, buffers);
+        take_query(fragments, p, places, buffers);
     }
     int stage = 0;
 #pragma unroll 1
@@ -206,8 +207,8 @@ PA_DEVICE void run_tiles_staged(Output& o, RowState& state, const Params& p, con
         begin_tile(tile, p, lane, work, index);
         if (tile.active) {
             Scores s;
-            query_key(s, fragments, lane, buffers.query, buffers.key(stage));
-            finish_tile(s, o, state, tile, p, lane, work, buffers.value(stage));
+            query_key(s, fragments, lane, places, buffers.query, buffers.key(stage));
+            finish_tile(s, o, state, tile, p, lane, places, work, buffers.value(stage));
         }
         load_stage = next_stage(load_stage);
         stage = next_stage(stage);
@@ -217,31 +218,39 @@ PA_DEVICE void run_tiles_staged(Output& o, RowState& state, const Params& p, con
 // One buffer each, two barriers a tile: V comes during Q K, the next K during the softmax and P V.
 PA_DEVICE void run_tiles_single(Output& o, RowState& state, const Params& p, const Lane& lane,
                                 const Work& work, const Buffers& buffers, int total) {
+    const Places places = lane_places(lane);
     TileLoader loader(p, work, buffers, total);
     load_query_rows(p, work, buffers.query);
     loader.load_key(0, 0);
     cp_async_commit();
+    loader.load_value(0, 0);
+    cp_async_commit();
     QueryFragments fragments;
     if (kQueryInRegisters || p.query_factor != 1) {
-        cp_async_wait<0>();
+        cp_async_wait<1>();
         block_barrier();
-        take_query(fragments, p, lane, buffers);
+        take_query(fragments, p, places, buffers);
     }
 #pragma unroll 1
     for (int index = 0; index < total; ++index) {
-        cp_async_wait<0>();
-        block_barrier();  // K has come; every warp has left V
-        loader.load_value(index, 0);
-        cp_async_commit();
         TileState tile;
-        begin_tile(tile, p, lane, work, index);
+        begin_tile(tile, p, lane, work, index);  // reads lists while the copies come
+        if (index == 0) {
+            cp_async_wait<1>();
+            block_barrier();
+        } else {
+            cp_async_wait<0>();
+            block_barrier();  // K has come; every warp has left V
+            loader.load_value(index, 0);
+            cp_async_commit();
+        }
         Scores s;
-        if (tile.active) query_key(s, fragments, lane, buffers.query, buffers.key(0));
+        if (tile.active) query_key(s, fragments, lane, places, buffers.query, buffers.key(0));
         cp_async_wait<0>();
         block_barrier();  // V has come; every warp has left K
         loader.load_key(index + 1, 0);
         cp_async_commit();
-        if (tile.active) finish_tile(s, o, state, tile, p, lane, work, buffers.value(0));
+        if (tile.active) finish_tile(s, o, state, tile, p, lane, places, work, buffers.value(0));
     }
 }
 
@@ -269,6 +278,94 @@ PA_DEVICE void run_tiles(Output& o, RowState& state, const Params& p, const Lane
     }
 }
 
+// Whether O may take the place of Q, and then leaves 16 bytes at a time.
+constexpr bool kOutputOverQuery = kTensorCores && kAligned && kValuePitch <= kQueryPitch;
+
+// 16-byte chunks of a warp's rows of O: kRoundRows rows at a time, kPanel chunks of each.
+constexpr int kPanel = kValuePitch % 128 == 0 ? 8 : 4;
+constexpr int kPanels = kValuePitch / (16 * kPanel);
+constexpr int kRoundRows = 32 / kPanel;
+
+PA_DEVICE float row_lse(const Params& p, float sum, float top) {
+    const float c = kScoreTerms ? 1.0f : p.scale_log2;
+    return sum == 0.0f ? -infinity() : top * c * kLn2 + log_exact(sum);
+}
+
+// The warp's rows as 16-bit elements, swizzled, from `rows`. The sums of all rows are reduced side by side.
+PA_DEVICE void stage_rows(const Params& p, const Work& work, const Lane& lane, const Output& o,
+                          RowState& state, uint32 rows) {
+    PA_UNROLL
+    for (int mask = 1; mask < 4; mask *= 2) {
+        PA_UNROLL
+        for (int n = 0; n < 2 * kRowTiles; ++n)
+            state.sum[n / 2][n % 2] += shuffle_xor(state.sum[n / 2][n % 2], mask);
+    }
+    const uint32 target = rows + chunk_offset<kValuePitch>(lane.group, 0) + 4 * lane.quad;
+    PA_UNROLL
+    for (int tile = 0; tile < kRowTiles; ++tile) {
+        PA_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            const float sum = state.sum[tile][half];
+            float factor = sum == 0.0f ? 0.0f : reciprocal_fast(sum);
+            if (p.sinks != nullptr)
+                factor *= end_row(p, work, lane.row(tile, half), row_lse(p, sum, state.max[tile][half])).own;
+            PA_UNROLL
+            for (int n = 0; n < kOutTiles; ++n) {
+                const uint32 pair = pack_pair<kDtype == kBfloat16>(o[tile][n][2 * half] * factor,
+                                                                   o[tile][n][2 * half + 1] * factor);
+                shared_store_int(other_chunk<kValuePitch>(target, n) + (16 * tile + 8 * half) * kValuePitch,
+                                 static_cast<int>(pair));
+            }
+        }
+    }
+}
+
+// Each of the four lanes that share rows takes one of them.
+PA_DEVICE void store_lses(const Params& p, const Work& work, const Lane& lane, const RowState& state) {
+    float sum = 0.0f;
+    float top = 0.0f;
+    PA_UNROLL
+    for (int n = 0; n < 2 * kRowTiles; ++n) {
+        if (lane.quad != n) continue;
+        sum = state.sum[n / 2][n % 2];
+        top = state.max[n / 2][n % 2];
+    }
+    const int row = lane.row(lane.quad / 2, lane.quad % 2);
+    if (lane.quad >= 2 * kRowTiles || row >= work.item.num_rows) return;
+    store_lse(p, work, row, end_row(p, work, row, row_lse(p, sum, top)).lse);
+}
+
+// Rows that are neither pieces nor handed on between passes, over the warp's own rows of Q, which no other
+// warp reads: no barrier.
+PA_DEVICE void store_whole_rows(const Params& p, const Work& work, const Lane& lane, const Output& o,
+                                RowState& state, uint32 query) {
+    const uint32 rows = query + 16 * kRowTiles * lane.warp * kQueryPitch;
+    stage_rows(p, work, lane, o, state, rows);
+    warp_barrier();
+    const int first = lane.lane / kPanel;
+    const int warp_row = 16 * kRowTiles * lane.warp + first;
+    const int column = 8 * (lane.lane % kPanel);
+    const int64 step = kRoundRows * work.item.q_step * p.output_stride_row;
+    uint16* output = static_cast<uint16*>(p.output) + work.batch * p.output_stride_batch +
+                     work.head * p.output_stride_head + row_position(work, warp_row) * p.output_stride_row +
+                     column;
+    PA_UNROLL
+    for (int round = 0; round < 16 * kRowTiles; round += kRoundRows) {
+        Vec4 chunks[kPanels];
+        PA_UNROLL
+        for (int panel = 0; panel < kPanels; ++panel)
+            chunks[panel] = shared_load_vec4(
+                rows + chunk_offset<kValuePitch>(round + first, lane.lane % kPanel + kPanel * panel));
+        PA_UNROLL
+        for (int panel = 0; panel < kPanels; ++panel) {
+            if (warp_row + round < work.item.num_rows && column + 8 * kPanel * panel < p.head_dim_v)
+                global_store_vec4(reinterpret_cast<float*>(output + 8 * kPanel * panel), chunks[panel]);
+        }
+        output += step;
+    }
+    store_lses(p, work, lane, state);
+}
+
 PA_DEVICE void forward_block(const Params& p) {
     const Work work = find_work(p, block_index());
     if (work.item.num_rows == 0) return;  // padding
@@ -277,6 +374,12 @@ PA_DEVICE void forward_block(const Params& p) {
     Output o;
     RowState state;
     run_tiles(o, state, p, lane, work, buffers);
+    if constexpr (kOutputOverQuery) {
+        if (work.item.slot < 0 && !p.continues && p.last_pass && p.head_dim_v % 8 == 0) {
+            store_whole_rows(p, work, lane, o, state, buffers.query);
+            return;
+        }
+    }
     block_barrier();  // every warp has left the tiles
     store_rows(p, work, lane, o, state, buffers.query);
     if (work.item.slot < 0) return;

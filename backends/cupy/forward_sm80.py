@@ -14,7 +14,7 @@ from portattn.backends.cupy import config as configs
 from portattn.backends.cupy import loader
 from portattn.backends.cupy.config import ForwardSm80Config
 from portattn.backends.cupy.device import device_properties, device_reasons
-from portattn.backends.cupy.fast_launch import ForwardCall, LaunchLike, device_launch
+from portattn.backends.cupy.fast_launch import device_launch, forward_call
 from portattn.backends.cupy.launch import prepare
 from portattn.backends.repeated import call_key, current_device, plan_of
 
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
     import torch
 
+    from portattn.backends.cuda_launch import Launch
     from portattn.backends.cupy.config import Variant
     from portattn.backends.cupy.loader import Program
+    from portattn.backends.repeated import RepeatedCall
     from portattn.problem import AttentionProblem
 
 MAX_LENGTH = 2**31 - 2**20  # row and key indices are int32, and tiles reach past the end
@@ -82,22 +84,24 @@ class CupyForwardSm80(Kernel):
         names = ("forward_sm80.cu", *loader.HEADERS, "forward_sm80.py", "config.py", "launch.py")
         return [str(loader.SOURCE_DIR / name) for name in names]
 
-    def run(self, inputs: AttentionInputs, config: Config) -> None:
+    def run(self, inputs: AttentionInputs, config: Config) -> RepeatedCall | None:
         """See `Kernel.run`."""
         if inputs.output.numel() == 0:
-            return
+            return None
         own = cast("ForwardSm80Config", config)
         plan = plan_of(inputs, own.block_q, own.block_k)
         with current_device(inputs.query.device):
             key = call_key(self, inputs, config)
-            call = plan.calls.get(key)
+            call = cast("RepeatedCall | None", plan.calls.get(key))
             if call is None:
                 prepared = prepare(inputs, plan, own, self._workers(inputs, config))
                 device = inputs.query.device
                 make = functools.partial(self._make_launch, prepared.variant, device)
-                call = plan.keep_call(key, ForwardCall(prepared, make))
-            if cast("ForwardCall", call).run(inputs):
+                made = forward_call(prepared, make, device)
+                call = cast("RepeatedCall", plan.keep_call(key, made))
+            if call.run(inputs):
                 plan.captured = True
+        return call
 
     def _device_reasons(self, problem: AttentionProblem) -> list[str]:
         return device_reasons(problem, self._capability)
@@ -111,7 +115,7 @@ class CupyForwardSm80(Kernel):
 
     def _make_launch(
         self, variant: Variant, device: torch.device, arguments: Sequence[bytes]
-    ) -> LaunchLike:
+    ) -> Launch:
         import cupy
 
         cupy.cuda.runtime.setDevice(device.index)  # CuPy keeps the current device per thread
@@ -121,7 +125,7 @@ class CupyForwardSm80(Kernel):
             _program(variant, f"sm_{major}{minor}"), device.index, shared
         )
         threads = 32 * variant.config.num_warps
-        return device_launch(function, arguments, threads, shared, device.index, self.name)
+        return device_launch(function, arguments, threads, shared, self.name)
 
 
 @functools.lru_cache(maxsize=1024)

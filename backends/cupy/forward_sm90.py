@@ -18,19 +18,25 @@ from portattn.backends.cupy import config_sm90 as configs
 from portattn.backends.cupy import loader
 from portattn.backends.cupy.config_sm90 import ForwardSm90Config
 from portattn.backends.cupy.device import device_properties
-from portattn.backends.cupy.fast_launch import ForwardCall, LaunchLike, device_launch
+from portattn.backends.cupy.fast_launch import device_launch, forward_call
 from portattn.backends.cupy.forward_sm80 import MAX_LENGTH
 from portattn.backends.cupy.launch_sm90 import prepare
-from portattn.backends.cupy.tensor_map import is_readable, readable
+from portattn.backends.cupy.tensor_map import encode, is_readable, readable
 from portattn.backends.repeated import call_key, current_device, plan_of
 from portattn.masks.opcodes import DIFF_MODULO, KEY_MODULO, instructions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from portattn.backends.cuda_launch import Launch
     from portattn.backends.cupy.config_sm90 import Variant
     from portattn.backends.cupy.launch_sm90 import HopperLaunch
+    from portattn.backends.cupy.tensor_map import MapShape
+    from portattn.backends.repeated import RepeatedCall
     from portattn.problem import AttentionProblem
+
+
+_MAX_MAPS = 1024
 
 
 class CupyForwardSm90(Kernel):
@@ -39,6 +45,9 @@ class CupyForwardSm90(Kernel):
     name: ClassVar[str] = "cupy_forward_sm90"
     backend: ClassVar[str] = "cupy"
     config_type: ClassVar[type[Config]] = ForwardSm90Config
+
+    def __init__(self) -> None:
+        self._maps: dict[MapShape, bytes] = {}
 
     def unsupported_reasons(self, problem: AttentionProblem) -> list[str]:
         """See `Kernel.unsupported_reasons`."""
@@ -90,25 +99,27 @@ class CupyForwardSm90(Kernel):
         names = (*own, *loader.HEADERS, *python)
         return [str(loader.SOURCE_DIR / name) for name in names]
 
-    def run(self, inputs: AttentionInputs, config: Config) -> None:
+    def run(self, inputs: AttentionInputs, config: Config) -> RepeatedCall | None:
         """See `Kernel.run`."""
         if inputs.output.numel() == 0:
-            return
+            return None
         own = cast("ForwardSm90Config", config)
         plan = plan_of(inputs, own.block_q, own.block_k)
         with current_device(inputs.query.device):
             key = call_key(self, inputs, config)
-            call = plan.calls.get(key)
+            call = cast("RepeatedCall | None", plan.calls.get(key))
             # The key holds the strides, but of the addresses only whether all are aligned.
             if call is None or _is_misaligned(inputs):
                 copied = _readable_inputs(inputs)
                 if copied is not inputs:  # such calls are never kept
                     self.run(copied, config)
-                    return
+                    return None
                 launch = prepare(inputs, plan, own, self._workers(inputs, config))
-                call = plan.keep_call(key, self._make_call(launch, inputs.query.device))
-            if cast("ForwardCall", call).run(inputs):
+                made = self._make_call(launch, inputs)
+                call = cast("RepeatedCall", plan.keep_call(key, made))
+            if call.run(inputs):
                 plan.captured = True
+        return call
 
     def _device_reasons(self, problem: AttentionProblem) -> list[str]:
         if problem.device_type != "cuda":
@@ -128,24 +139,31 @@ class CupyForwardSm90(Kernel):
         blocks = cast("ForwardSm90Config", config).blocks_per_sm
         return blocks * device_properties(str(inputs.query.device)).num_sms
 
-    def _make_call(self, launch: HopperLaunch, device: torch.device) -> ForwardCall:
+    def _make_call(self, launch: HopperLaunch, inputs: AttentionInputs) -> RepeatedCall:
+        device = inputs.query.device
         make = functools.partial(self._make_launch, launch.variant, launch.config.threads, device)
-        return ForwardCall(
-            launch,
-            make,
-            lambda inputs, index: [launch.hopper(inputs, index)],
-            [launch.hopper_bytes()],
+        return forward_call(
+            launch, make, device, lambda index: launch.hopper(inputs, index, self._encode)
         )
+
+    def _encode(self, address: int, shape: MapShape) -> bytes:
+        # The driver takes 10 us for one. Its address does not matter: launches put in their own.
+        found = self._maps.get(shape)
+        if found is None:
+            if len(self._maps) >= _MAX_MAPS:
+                self._maps.clear()
+            found = self._maps[shape] = encode(address, shape)
+        return found
 
     def _make_launch(
         self, variant: Variant, threads: int, device: torch.device, arguments: Sequence[bytes]
-    ) -> LaunchLike:
+    ) -> Launch:
         import cupy
 
         cupy.cuda.runtime.setDevice(device.index)  # CuPy keeps the current device per thread
         shared = variant.shared_bytes()
         function = loader.load_function(_program(variant), device.index, shared)
-        return device_launch(function, arguments, threads, shared, device.index, self.name)
+        return device_launch(function, arguments, threads, shared, self.name)
 
 
 def _key_steps(program: Sequence[int]) -> set[int]:

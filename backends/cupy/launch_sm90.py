@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from portattn.backends.cuda_launch import Patch
 from portattn.backends.cupy import config_sm90 as configs
 from portattn.backends.cupy.launch import (
     DTYPE_NAMES,
@@ -18,7 +19,8 @@ from portattn.backends.cupy.launch import (
     plan_values,
     scratch_sizes,
 )
-from portattn.backends.cupy.tensor_map import MAP_BYTES, encode, map_shape
+from portattn.backends.cupy.tensor_map import MAP_BYTES, map_shape
+from portattn.backends.repeated import KEY, QUERY, VALUE
 from portattn.errors import UnsupportedError
 from portattn.plan import to_device
 
@@ -68,33 +70,38 @@ class HopperLaunch(Launch[configs.Variant]):
     def _maps_bytes(self) -> int:
         return MAP_BYTES * (2 + 2 * (1 + 2 * self.variant.max_steps))
 
-    def hopper(self, inputs: AttentionInputs, index: int, encode: Encode = encode) -> bytes:
-        """The struct Hopper of a pass.
+    def hopper(
+        self, inputs: AttentionInputs, index: int, encode: Encode
+    ) -> tuple[bytes, list[Patch]]:
+        """The struct Hopper of a pass, and which addresses its tensor maps take.
 
         Args:
             inputs: query, key and value readable by the copy engine.
             index: of the pass.
             encode: makes a tensor map of an address and a `MapShape`.
         """
+        maps: list[bytes] = []
+        patches = []
 
-        def made(tensor: torch.Tensor, rows: int, step: int, *, ragged: bool) -> bytes:
+        def add(tensor: torch.Tensor, source: int, rows: int, step: int, *, ragged: bool) -> None:
             shape = map_shape(tensor, rows, step, ragged=ragged)
-            return _EMPTY_MAP if shape is None else encode(tensor.data_ptr(), shape)
+            if shape is not None:
+                patches.append(Patch(1, MAP_BYTES * len(maps), source, is_map=True))
+            maps.append(_EMPTY_MAP if shape is None else encode(tensor.data_ptr(), shape))
 
         query_step, key_steps = self.steps[index]
-        maps = [made(inputs.query, 64, query_step, ragged=ragged) for ragged in (False, True)]
+        for ragged in (False, True):
+            add(inputs.query, QUERY, 64, query_step, ragged=ragged)
         unused = self.variant.max_steps - len(key_steps)
-        for tensor in (inputs.key, inputs.value):
-            maps.append(made(tensor, self.config.block_k, 1, ragged=False))
-            maps += [
-                made(tensor, self.config.block_k, step, ragged=ragged)
-                for step in key_steps
-                for ragged in (False, True)
-            ]
+        for tensor, source in ((inputs.key, KEY), (inputs.value, VALUE)):
+            add(tensor, source, self.config.block_k, 1, ragged=False)
+            for step in key_steps:
+                for ragged in (False, True):
+                    add(tensor, source, self.config.block_k, step, ragged=ragged)
             maps += [_EMPTY_MAP] * (2 * unused)
         integers = (self.num_work(index), int(self.config.persistent), *key_steps)
         packed = b"".join(maps) + struct.pack(f"={len(integers)}i", *integers)
-        return packed.ljust(self.hopper_bytes(), b"\0")
+        return packed.ljust(self.hopper_bytes(), b"\0"), patches
 
 
 def prepare(

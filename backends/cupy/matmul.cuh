@@ -23,27 +23,38 @@ PA_DEVICE int out_column(const Lane& lane, int n) {
     return 16 * (n / 2) + 4 * lane.quad + 2 * (n % 2);
 }
 
-PA_DEVICE void load_query_fragment(uint32 (&a)[4], const Lane& lane, uint32 query, int tile, int step) {
-    const int row = 16 * lane.warp * kRowTiles + lane.lane % 16;
-    const uint32 address = query + chunk_offset<kQueryPitch>(row, lane.lane / 16);
-    ldmatrix_x4(a, other_chunk<kQueryPitch>(address, 2 * step) + 16 * tile * kQueryPitch);
+// Offsets in Q, K and V of the chunk that this lane addresses in the first ldmatrix.
+struct Places {
+    uint32 query, key, value;
+};
+
+PA_DEVICE Places lane_places(const Lane& lane) {
+    Places places;
+    places.query =
+        kept(chunk_offset<kQueryPitch>(16 * lane.warp * kRowTiles + lane.lane % 16, lane.lane / 16));
+    places.key = kept(chunk_offset<kQueryPitch>(lane.lane % 8 + 8 * (lane.lane / 16), (lane.lane / 8) % 2));
+    places.value = kept(chunk_offset<kValuePitch>(lane.lane % 16, lane.lane / 16));
+    return places;
 }
 
-PA_DEVICE void load_query(QueryFragments& fragments, const Lane& lane, uint32 query) {
+// `query`: where the lane's place is.
+PA_DEVICE void load_query_fragment(uint32 (&a)[4], uint32 query, int tile, int step) {
+    ldmatrix_x4(a, other_chunk<kQueryPitch>(query, 2 * step) + 16 * tile * kQueryPitch);
+}
+
+PA_DEVICE void load_query(QueryFragments& fragments, uint32 query) {
     if constexpr (kQueryInRegisters) {
         PA_UNROLL
         for (int tile = 0; tile < kRowTiles; ++tile) {
             PA_UNROLL
             for (int step = 0; step < kQuerySteps; ++step)
-                load_query_fragment(fragments.a[tile][step], lane, query, tile, step);
+                load_query_fragment(fragments.a[tile][step], query, tile, step);
         }
     }
 }
 
-PA_DEVICE void query_key_tensor(Scores& s, const QueryFragments& fragments, const Lane& lane, uint32 query,
-                                uint32 key) {
-    const int key_row = lane.lane % 8 + 8 * (lane.lane / 16);
-    const uint32 address = key + chunk_offset<kQueryPitch>(key_row, (lane.lane / 8) % 2);
+// `query` and `key`: where the lane's places are.
+PA_DEVICE void query_key_tensor(Scores& s, const QueryFragments& fragments, uint32 query, uint32 key) {
     PA_UNROLL
     for (int step = 0; step < kHeadDim / 16; ++step) {
         uint32 a[kRowTiles][4];
@@ -53,13 +64,13 @@ PA_DEVICE void query_key_tensor(Scores& s, const QueryFragments& fragments, cons
                 PA_UNROLL
                 for (int r = 0; r < 4; ++r) a[tile][r] = fragments.a[tile][step % kQuerySteps][r];
             } else {
-                load_query_fragment(a[tile], lane, query, tile, step);
+                load_query_fragment(a[tile], query, tile, step);
             }
         }
         PA_UNROLL
         for (int pair = 0; pair < kKeyTiles / 2; ++pair) {
             uint32 b[4];
-            ldmatrix_x4(b, other_chunk<kQueryPitch>(address, 2 * step) + 16 * pair * kQueryPitch);
+            ldmatrix_x4(b, other_chunk<kQueryPitch>(key, 2 * step) + 16 * pair * kQueryPitch);
             PA_UNROLL
             for (int tile = 0; tile < kRowTiles; ++tile) {
                 mma_m16n8k16<kDtype == kBfloat16>(s[tile][2 * pair], a[tile], b[0], b[1]);
@@ -103,8 +114,8 @@ PA_DEVICE void query_key_fma(Scores& s, const Lane& lane, uint32 query, uint32 k
     }
 }
 
-PA_DEVICE void query_key(Scores& s, const QueryFragments& fragments, const Lane& lane, uint32 query,
-                         uint32 key) {
+PA_DEVICE void query_key(Scores& s, const QueryFragments& fragments, const Lane& lane, const Places& places,
+                         uint32 query, uint32 key) {
     PA_UNROLL
     for (int tile = 0; tile < kRowTiles; ++tile) {
         PA_UNROLL
@@ -114,7 +125,7 @@ PA_DEVICE void query_key(Scores& s, const QueryFragments& fragments, const Lane&
         }
     }
     if constexpr (kTensorCores) {
-        query_key_tensor(s, fragments, lane, query, key);
+        query_key_tensor(s, fragments, query + places.query, key + places.key);
     } else {
         query_key_fma(s, lane, query, key);
     }

@@ -32,9 +32,9 @@ def layout(header: str = "params.cuh") -> tuple[tuple[str, ...], struct.Struct]:
 
 
 @functools.cache
-def offset_of(name: str) -> int:
-    """Where a field starts in the struct, in bytes."""
-    names, packing = layout()
+def offset_of(name: str, header: str = "params.cuh") -> int:
+    """Where a field starts in a header's struct, in bytes."""
+    names, packing = layout(header)
     count = names.index(name)
     return struct.calcsize(packing.format[: 1 + count])
 

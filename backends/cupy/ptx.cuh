@@ -183,6 +183,11 @@ PA_DEVICE void global_store_vec4(float* p, const Vec4& v) {
 }
 
 PA_DEVICE void device_fence() { __threadfence(); }
+
+// The same number, from where it cannot be computed again: short of registers, ptxas would do so at each use.
+// All lanes of the warp.
+PA_DEVICE uint32 kept(uint32 v) { return __shfl_sync(0xffffffffu, v, threadIdx.x % 32); }
+
 PA_DEVICE int atomic_increment(int* p) { return atomicAdd(p, 1); }
 
 }  // namespace portattn

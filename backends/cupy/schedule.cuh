@@ -24,19 +24,24 @@ struct Work {
 // tiles of few heads are live at a time, and items of a group go longest first.
 PA_DEVICE Work find_work(const Params& p, int index) {
     const int heads = p.batch * p.num_heads;
-    const int per_group = p.num_items * p.head_group;
-    const int group = index / per_group;
-    const int first = group * p.head_group;
-    const int size = heads - first < p.head_group ? heads - first : p.head_group;
-    const int rest = index - group * per_group;
+    // Unsigned: a division takes fewer instructions, and everything waits for these.
+    const uint32 per_group = static_cast<uint32>(p.num_items * p.head_group);
+    const uint32 group = static_cast<uint32>(index) / per_group;
+    const int first = static_cast<int>(group) * p.head_group;
+    const uint32 size = heads - first < p.head_group ? heads - first : p.head_group;
+    const uint32 rest = static_cast<uint32>(index) - group * per_group;
+    const uint32 item_index = rest / size;
     Work work;
-    work.batch_head = first + rest % size;
-    work.batch = work.batch_head / p.num_heads;
-    work.head = work.batch_head % p.num_heads;
-    const int row = p.layout_batch == 1 ? 0 : work.batch;
-    const int column = p.layout_heads == 1 ? 0 : work.head;
-    work.layout = load_int(p.layouts + row * p.layout_heads + column);
-    const int64 item = static_cast<int64>(work.layout) * p.num_items + rest / size;
+    work.batch_head = first + static_cast<int>(rest - item_index * size);
+    work.batch = static_cast<int>(static_cast<uint32>(work.batch_head) / static_cast<uint32>(p.num_heads));
+    work.head = work.batch_head - work.batch * p.num_heads;
+    work.layout = 0;
+    if (p.layout_batch > 1 || p.layout_heads > 1) {  // else there is one, and no load to wait for
+        const int row = p.layout_batch == 1 ? 0 : work.batch;
+        const int column = p.layout_heads == 1 ? 0 : work.head;
+        work.layout = load_int(p.layouts + row * p.layout_heads + column);
+    }
+    const int64 item = static_cast<int64>(work.layout) * p.num_items + item_index;
     const int* fields = p.items + 16 * item;
     int* target = &work.item.q_start;
     PA_UNROLL

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, cast
 
 from portattn.backends import scalar_mask
-from portattn.backends.base import AttentionInputs, Config, ConfigValue, Kernel
+from portattn.backends.base import AttentionInputs, Config, ConfigValue, Kernel, Repeat
 from portattn.backends.triton import decode_config as configs
 from portattn.backends.triton import decode_kernel, decode_launch, primitives
 from portattn.backends.triton.decode_config import TritonDecodeConfig
@@ -65,9 +65,9 @@ class TritonDecode(Kernel):
             problem, cast("TritonDecodeConfig", config), device_limits(problem.device)
         )
 
-    def run(self, inputs: AttentionInputs, config: Config) -> None:
+    def run(self, inputs: AttentionInputs, config: Config) -> Repeat | None:
         """See Kernel."""
-        decode_launch.run_decode(self, inputs, cast("TritonDecodeConfig", config))
+        return decode_launch.run_decode(self, inputs, cast("TritonDecodeConfig", config))
 
     def source_files(self) -> Sequence[str]:
         """See Kernel."""

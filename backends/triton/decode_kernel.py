@@ -59,6 +59,16 @@ def count_tiles(begin, end, first_keys, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
+def count_pieces(tiles, piece_tiles):
+    """How many pieces a sequence is cut into; one if it has no keys.
+
+    A little more than a piece stays whole: two halves would cost a merge and balance nothing.
+    """
+    is_whole = tiles <= piece_tiles + piece_tiles // 8
+    return tl.where(is_whole, 1, tl.cdiv(tiles, piece_tiles))
+
+
+@triton.jit
 def packed_rows(first_row, kv_head, group_size, num_rows, BLOCK: tl.constexpr):
     """Rows of a tile: (query row, query head, whether it exists), each [BLOCK]."""
     packed = first_row + tl.arange(0, BLOCK)
@@ -225,7 +235,7 @@ def decode_kernel(
     tiles = tl.where(in_batch, tiles, 0)
     piece_tiles = tl.maximum(tl.cdiv(tl.sum(tiles, 0), target_pieces), min_piece)
     # A sequence without visible keys has one piece, which writes zeros.
-    pieces = tl.where(in_batch, tl.maximum(tl.cdiv(tiles, piece_tiles), 1), 0)
+    pieces = tl.where(in_batch, count_pieces(tiles, piece_tiles), 0)
     passed = tl.cumsum(pieces, 0) <= unit
     local = tl.sum(passed.to(tl.int32), 0)
     if local == PLAN_BATCH:  # more programs than pieces
@@ -245,7 +255,7 @@ def decode_kernel(
         length, position, row_first, row_last, lo, hi, key_begin, key_end, seqlen_k
     )
     first_tiles, next_tile, num_tiles = count_tiles(begin, end, first_keys, BLOCK_K)
-    num_pieces = tl.maximum(tl.cdiv(num_tiles, piece_tiles), 1)
+    num_pieces = count_pieces(num_tiles, piece_tiles)
     each, more = num_tiles // num_pieces, num_tiles % num_pieces
     tile_begin = piece * each + tl.minimum(piece, more)
     tile_end = tile_begin + each + (piece < more).to(tl.int32)

@@ -7,10 +7,26 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from portattn.backends.repeated import arrival_counters, call_key, current_device
+from portattn.backends.repeated import (
+    BIAS,
+    COUNTERS,
+    KEY,
+    KV_LENGTHS,
+    LSE,
+    OUTPUT,
+    QUERY,
+    SCRATCH,
+    SINKS,
+    SLOPES,
+    VALUE,
+    RepeatedCall,
+    call_key,
+    current_device,
+)
 from portattn.backends.scalar_mask import streaming_mask
+from portattn.backends.stream_memory import arrival_counters
 from portattn.backends.triton import decode_kernel
-from portattn.backends.triton.fast_launch import RepeatedLaunch
+from portattn.backends.triton.fast_launch import KeptCall, RepeatedLaunch, repeated_call
 from portattn.backends.triton.geometry import slope_strides, strides_of, vector_elements
 from portattn.backends.triton.limits import device_limits, next_power_of_2
 
@@ -190,7 +206,13 @@ def _most_tiles(
     return min(-(-seqlen_k // block_k), -(-width // block_k) + 1 + first)
 
 
-class DecodeCall:
+# What `DecodeCall._pointers` are, in order.
+_SOURCES = (
+    QUERY, KEY, VALUE, OUTPUT, LSE, SCRATCH, COUNTERS, KV_LENGTHS, SLOPES, BIAS, SINKS,
+)  # fmt: skip
+
+
+class DecodeCall(KeptCall):
     """One kind of call, ready to be repeated. Thread-safe."""
 
     def __init__(self, inputs: AttentionInputs, config: TritonDecodeConfig) -> None:
@@ -222,11 +244,24 @@ class DecodeCall:
 
     def run(self, inputs: AttentionInputs) -> None:
         """Launch on the inputs' device, which is the current one, and current stream."""
+        if self.repeat(inputs) is not None:
+            return
         slots = torch.empty(
             self.geometry.workspace, dtype=torch.float32, device=inputs.query.device
         )
         tensors = self._pointers(inputs, slots)
         self._launch([tensor for tensor in tensors if tensor is not None])
+        sources = [
+            (source, 0)
+            for tensor, source in zip(tensors, _SOURCES, strict=True)
+            if tensor is not None
+        ]
+        self.repeated = repeated_call(
+            [(self._launch, sources)],
+            inputs.query.device,
+            scratch_floats=self.geometry.workspace,
+            num_counters=self.geometry.counters,
+        )
 
     def _pointers(
         self, inputs: AttentionInputs, slots: torch.Tensor
@@ -242,8 +277,10 @@ class DecodeCall:
 _calls: dict[Hashable, DecodeCall] = {}
 
 
-def run_decode(kernel: Kernel, inputs: AttentionInputs, config: TritonDecodeConfig) -> None:
-    """Launch on the tensors' device and torch's current stream."""
+def run_decode(
+    kernel: Kernel, inputs: AttentionInputs, config: TritonDecodeConfig
+) -> RepeatedCall | None:
+    """Launch on the tensors' device and torch's current stream; see `Kernel.run`."""
     lengths = inputs.kv_lengths
     key = (
         call_key(kernel, inputs, config),
@@ -258,3 +295,4 @@ def run_decode(kernel: Kernel, inputs: AttentionInputs, config: TritonDecodeConf
         _calls[key] = call
     with current_device(inputs.query.device):
         call.run(inputs)
+    return call.repeated

@@ -14,6 +14,7 @@ buffers, and all launches while hooks are set (profilers use them).
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import inspect
 import struct
 from collections.abc import Callable
@@ -22,21 +23,26 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from triton import knobs
 
-from portattn.backends.cuda_launch import CudaLaunch
-from portattn.backends.repeated import current_stream
+from portattn.backends.cuda_launch import Launch, Launches, Patch
+from portattn.backends.repeated import NUM_SOURCES, SCRATCH, RepeatedCall
+from portattn.backends.stream_memory import current_stream
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from portattn.backends.base import AttentionInputs
+    from portattn.plan import DevicePlan, DeviceSchedule
+
 # A tensor -> the descriptor that the kernel takes for it (triton's or Gluon's TensorDescriptor).
 Describe: TypeAlias = Callable[[torch.Tensor], Any]
+# Where a moving tensor comes from in any call: `repeated.QUERY` or the like, and bytes behind it.
+Source: TypeAlias = tuple[int, int]
 
 _FORMATS = {
     "i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q",
     "u1": "B", "u8": "B", "u16": "H", "u32": "I", "u64": "Q", "fp32": "f", "fp64": "d",
 }  # fmt: skip
 _MAP_BYTES = 128  # sizeof(CUtensorMap)
-_MAX_MAPS = 64  # tensor maps that one parameter keeps: one per address
 
 
 class RepeatedLaunch:
@@ -71,7 +77,7 @@ class RepeatedLaunch:
         self._arguments, self._moving = list(arguments), dict(moving)
         self._device = device
         self._first = True
-        self._direct: _Direct | None = None
+        self.direct: _Direct | None = None
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> None:
         """Launch on torch's current stream of the device, which must be the current one.
@@ -79,28 +85,27 @@ class RepeatedLaunch:
         Args:
             tensors: the moving ones, in the order of `moving`.
         """
-        direct = self._direct
-        if direct is not None and not _hooked(self._kernel) and direct.launch(tensors):
+        direct = self.direct
+        if direct is not None and not self.is_hooked() and direct.run(tensors):
             return
         arguments = list(self._arguments)
         for (position, describe), tensor in zip(self._moving.items(), tensors, strict=True):
             arguments[position] = tensor if describe is None else describe(tensor)
         compiled = self._kernel[(self._grid,)](*arguments, **self._options)
         if self._first and self._device.type == "cuda" and torch.version.hip is None:
-            self._direct = _direct(
+            self.direct = _direct(
                 compiled, self._grid, arguments, self._moving, self._device.index
             )
             self._first = False
 
-
-def _hooked(kernel: Any) -> bool:  # noqa: ANN401
-    """Whether somebody wants to see launches."""
-    runtime = knobs.runtime
-    return bool(
-        kernel.pre_run_hooks
-        or _calls(runtime.launch_enter_hook)
-        or _calls(runtime.launch_exit_hook)
-    )
+    def is_hooked(self) -> bool:
+        """Whether somebody wants to see launches."""
+        runtime = knobs.runtime
+        return bool(
+            self._kernel.pre_run_hooks
+            or _calls(runtime.launch_enter_hook)
+            or _calls(runtime.launch_exit_hook)
+        )
 
 
 def _calls(hook: object) -> object:
@@ -109,65 +114,92 @@ def _calls(hook: object) -> object:
 
 
 class _Direct:
-    """A compiled kernel with its arguments laid out."""
+    """A compiled kernel with its arguments laid out.
 
-    def __init__(
-        self,
-        launch: CudaLaunch,
-        grid: int,
-        addresses: Any,  # noqa: ANN401  # a ctypes array
-        aligned: Sequence[int],
-        maps: Sequence[tuple[int, int, Callable[[torch.Tensor], object]]],
-        device_index: int,
-    ) -> None:
-        """See `_direct`.
+    Attributes:
+        launch: its patches' sources are indices of the moving tensors.
+    """
 
-        Args:
-            launch: its pointer parameters read from `addresses`.
-            grid: programs.
-            addresses: uint64 [moving tensors].
-            aligned: moving tensors that the kernel was compiled for as multiples of 16 bytes.
-            maps: (moving tensor, kernel parameter, what makes its tensor map).
-            device_index: CUDA device.
-        """
-        self._launch, self._grid, self._addresses = launch, grid, addresses
-        self._aligned, self._maps, self._device_index = tuple(aligned), tuple(maps), device_index
-        self._packing = struct.Struct(f"={len(addresses)}Q")
-        self._kept: dict[tuple[int, int], object] = {}
+    def __init__(self, launch: Launch, aligned: Sequence[int], count: int, index: int) -> None:
+        """Of `count` moving tensors; those in `aligned` must lie at multiples of 16 bytes."""
+        self.launch, self._aligned, self._index = launch, tuple(aligned), index
+        self._launches = Launches([launch], num_sources=count, device_index=index)
 
-    def launch(self, tensors: Sequence[torch.Tensor]) -> bool:
+    def run(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Launch; False, and nothing done, if the tensors need another variant."""
         addresses = [tensor.data_ptr() for tensor in tensors]
-        for index in self._aligned:
-            if addresses[index] % 16:
-                return False
-        stream = current_stream(self._device_index)
-        maps = [
-            (parameter, self._map(index, addresses[index], tensors[index], make))
-            for index, parameter, make in self._maps
-        ]
-        launch = self._launch
-        with launch.lock:
-            self._packing.pack_into(self._addresses, 0, *addresses)
-            for parameter, made in maps:
-                launch.point(parameter, id(made) + _MAP_BYTES)
-            launch.launch(self._grid, stream)
+        if any(addresses[index] % 16 for index in self._aligned):
+            return False
+        self._launches.run(addresses, current_stream(self._index))
         return True
 
-    def _map(
-        self,
-        index: int,
-        address: int,
-        tensor: torch.Tensor,
-        make: Callable[[torch.Tensor], object],
-    ) -> object:
-        found = self._kept.get((index, address))
-        if found is None:
-            found = make(tensor)
-            if len(self._kept) >= _MAX_MAPS * len(self._maps):
-                self._kept.clear()
-            self._kept[index, address] = found
-        return found
+
+class KeptCall:
+    """Base of what is kept of a call: its launches go through Triton first.
+
+    Attributes:
+        repeated: what repeats the call; None before its first launch, and where only Triton can.
+    """
+
+    repeated: RepeatedCall | None = None
+
+    @property
+    def used(self) -> bool:
+        """See plan.cache.KeptCall."""
+        return self.repeated is not None and self.repeated.used
+
+    @used.setter
+    def used(self, used: bool) -> None:
+        if self.repeated is not None:
+            self.repeated.used = used
+
+    def repeat(self, inputs: AttentionInputs) -> bool | None:
+        """Run without Triton, as `RepeatedCall.run`; None, and nothing done, if it must see it."""
+        repeated = self.repeated
+        return repeated.run(inputs) if repeated is not None and repeated.fits(inputs) else None
+
+
+def scratch_sources(sizes: Sequence[int]) -> list[Source]:
+    """Where the parts of the scratch memory lie that have a size, in floats."""
+    starts = [4 * sum(sizes[:index]) for index in range(len(sizes))]
+    return [(SCRATCH, start) for start, size in zip(starts, sizes, strict=True) if size]
+
+
+def repeated_call(
+    launches: Sequence[tuple[RepeatedLaunch, Sequence[Source]]],
+    device: torch.device,
+    *,
+    on_device: Sequence[DevicePlan | DeviceSchedule] = (),
+    scratch_floats: int = 0,
+    num_counters: int = 0,
+) -> RepeatedCall | None:
+    """What repeats launches that Triton has done; None where only Triton can.
+
+    Args:
+        launches: each with where its moving tensors come from.
+        device: of the tensors.
+        on_device, scratch_floats, num_counters: see RepeatedCall.
+    """
+    made = []
+    for launch, sources in launches:
+        if launch.direct is None:
+            return None
+        found = launch.direct.launch
+        patches = [
+            patch._replace(source=sources[patch.source][0], offset=sources[patch.source][1])
+            for patch in found.patches
+        ]
+        made.append(dataclasses.replace(found, patches=patches))
+    first = launches[0][0]
+    return RepeatedCall(
+        Launches(made, num_sources=NUM_SOURCES, device_index=device.index),
+        device,
+        on_device=on_device,
+        scratch_floats=scratch_floats,
+        num_counters=num_counters,
+        num_launches=len(made),
+        guard=lambda: not first.is_hooked(),
+    )
 
 
 def _direct(
@@ -181,9 +213,8 @@ def _direct(
     if not _is_simple(compiled):
         return None
     order = {position: index for index, position in enumerate(moving)}
-    addresses = (ctypes.c_uint64 * max(len(moving), 1))()
     parameters: list[bytes] = []
-    moved, maps = [], []
+    patches = []
     metadata = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
     for position, kind in enumerate(compiled.src.signature.values()):
         argument = arguments[position]
@@ -191,17 +222,16 @@ def _direct(
             continue
         if kind.startswith("tensordesc"):
             form = next(metadata, None)
-            describe = moving.get(position)
-            made = None if form is None or describe is None else _tensor_map(argument, form)
-            if made is None or form is None or describe is None:
+            made = None if form is None or position not in order else _map_bytes(argument, form)
+            if made is None:
                 return None
-            maps.append((order[position], len(parameters), _map_maker(describe, form)))
-            parameters.append(bytes(_MAP_BYTES))
+            patches.append(Patch(len(parameters), 0, order[position], is_map=True))
+            parameters.append(made)
             parameters += [struct.pack("=i", size) for size in argument.shape]
             parameters += [struct.pack("=q", stride) for stride in argument.strides]
         elif kind.startswith("*"):
             if position in order:
-                moved.append((len(parameters), order[position]))
+                patches.append(Patch(len(parameters), 0, order[position]))
             parameters.append(struct.pack("=Q", _address(argument)))
         elif kind in _FORMATS:
             parameters.append(struct.pack(f"={_FORMATS[kind]}", argument))
@@ -209,19 +239,18 @@ def _direct(
             return None
     parameters += [bytes(8)] * 2  # no scratch buffers
     num_warps, _, shared_bytes = compiled.packed_metadata
-    launch = CudaLaunch(
+    launch = Launch(
         compiled.function,
         parameters,
-        threads=32 * num_warps,
-        shared_bytes=shared_bytes,
-        device_index=device_index,
-        name=compiled.name,
-        keep=(compiled, addresses),
+        grid,
+        32 * num_warps,
+        shared_bytes,
+        compiled.name,
+        patches,
+        compiled,
     )
-    for parameter, index in moved:
-        launch.point(parameter, ctypes.addressof(addresses) + 8 * index)
     aligned = [order[position] for position in _aligned(compiled) if position in order]
-    return _Direct(launch, grid, addresses, aligned, maps, device_index)
+    return _Direct(launch, aligned, len(moving), device_index)
 
 
 def _is_simple(compiled: Any) -> bool:  # noqa: ANN401
@@ -258,18 +287,14 @@ def _aligned(compiled: Any) -> set[int]:  # noqa: ANN401
     }
 
 
-def _map_maker(describe: Describe, form: Mapping[str, Any]) -> Callable[[torch.Tensor], object]:
-    return lambda tensor: _tensor_map(describe(tensor), form)
+def _map_bytes(descriptor: Any, form: Mapping[str, Any]) -> bytes | None:  # noqa: ANN401
+    """The tensor map that Triton makes of a descriptor; None if its object is not as known.
 
-
-def _tensor_map(descriptor: Any, form: Mapping[str, Any]) -> object | None:  # noqa: ANN401
-    """Triton's object around the tensor map of a descriptor; None if it is not as known.
-
-    Its map lies behind the object's header, aligned to 128 bytes (backends/nvidia/driver.c).
+    The map lies behind the object's header, aligned to 128 bytes (backends/nvidia/driver.c).
     """
     from triton.backends.nvidia import driver
 
     more = (None,) * (len(inspect.signature(driver.make_tensordesc_arg).parameters) - 2)
     made: object = driver.make_tensordesc_arg(descriptor, form, *more)[0]
     known = type(made).__basicsize__ == 2 * _MAP_BYTES and id(made) % _MAP_BYTES == 0
-    return made if known else None
+    return ctypes.string_at(id(made) + _MAP_BYTES, _MAP_BYTES) if known else None

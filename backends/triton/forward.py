@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 import torch
 import triton
 
-from portattn.backends.base import AttentionInputs, Config, ConfigValue, Kernel
+from portattn.backends.base import AttentionInputs, Config, ConfigValue, Kernel, Repeat
 from portattn.backends.repeated import call_key, current_device, plan_of
 from portattn.backends.triton import config as configs
 from portattn.backends.triton import forward_kernel, geometry, launch, limits, primitives, variant
@@ -89,10 +89,10 @@ class TritonForward(Kernel):
             problem, cast("TritonForwardConfig", config), device_limits(problem.device)
         )
 
-    def run(self, inputs: AttentionInputs, config: Config) -> None:
+    def run(self, inputs: AttentionInputs, config: Config) -> Repeat | None:
         """See Kernel."""
         if inputs.output.numel() == 0:
-            return
+            return None
         own = cast("TritonForwardConfig", config)
         batch, num_heads, _, head_dim = inputs.query.shape
         device = inputs.query.device
@@ -117,8 +117,10 @@ class TritonForward(Kernel):
                 )
                 made = launch.ForwardCall(inputs, plan, schedule, own)
                 call = plan.keep_call(key, made)
-            if cast("launch.ForwardCall", call).run(inputs):
+            own_call = cast("launch.ForwardCall", call)
+            if own_call.run(inputs):
                 plan.captured = True
+        return own_call.repeated
 
     def source_files(self) -> Sequence[str]:
         """See Kernel."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 import torch
 import triton
 
-from portattn.backends.base import AttentionInputs, Config, ConfigValue, Kernel
+from portattn.backends.base import AttentionInputs, Config, ConfigValue, Kernel, Repeat
 from portattn.backends.repeated import call_key, current_device, plan_of
 from portattn.backends.triton import hopper_config as configs
 from portattn.backends.triton.hopper_config import TritonForwardHopperConfig
@@ -31,6 +31,7 @@ _SOURCES = (
     "hopper_maps",
     "hopper_primitives",
     "hopper_variant",
+    "hopper_work",
     "primitives",
 )
 
@@ -91,10 +92,8 @@ class TritonForwardHopper(Kernel):
         return {
             "block_q": (128, 192),
             "block_k": (64, 128),
-            "num_stages": (2, 3, 4),
+            "num_stages": (2, 3),
             "registers": (160, 224, 232, 240),
-            "ping_pong": (False, True),
-            "persistent": (False, True),
             "head_group": tuple(problem.group_size * n for n in (1, 2, 4, 8, 16)),
             "min_piece": (8, 32),
         }
@@ -105,10 +104,10 @@ class TritonForwardHopper(Kernel):
             problem, cast("TritonForwardHopperConfig", config), device_limits(problem.device)
         )
 
-    def run(self, inputs: AttentionInputs, config: Config) -> None:
+    def run(self, inputs: AttentionInputs, config: Config) -> Repeat | None:
         """See Kernel."""
         if inputs.output.numel() == 0:
-            return
+            return None
         # Gluon is imported where it runs: other devices have no use for it.
         from portattn.backends.triton.hopper_launch import HopperCall
 
@@ -129,8 +128,10 @@ class TritonForwardHopper(Kernel):
                     min_piece=own.min_piece,
                 )
                 call = plan.keep_call(key, HopperCall(inputs, plan, schedule, own))
-            if cast("HopperCall", call).run(inputs):
+            own_call = cast("HopperCall", call)
+            if own_call.run(inputs):
                 plan.captured = True
+        return own_call.repeated
 
     def source_files(self) -> Sequence[str]:
         """See Kernel."""

@@ -77,7 +77,6 @@ def _signature(
         "running_lse_ptr": variant.first and variant.last,
         "slots_out_ptr": not variant.pieces,
         "slots_lse_ptr": not variant.pieces,
-        "counters_ptr": not variant.pieces,
         "layout_ids_ptr": not variant.ids,
         "q_ids_ptr": not variant.ids,
         "k_ids_ptr": not variant.ids,

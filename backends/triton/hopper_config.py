@@ -43,9 +43,6 @@ class TritonForwardHopperConfig(Config):
         block_k: keys of a tile: 64 or 128.
         num_stages: key and value tiles in shared memory.
         registers: of a consumer's thread; the producer's gets what is left.
-        ping_pong: the two consumers take turns at issuing matrix products.
-        persistent: as many programs as multiprocessors, each looping over items, so that one
-            item's end runs beside the next one's first loads; else a program per item.
         head_group: heads whose items run next to each other and share the L2 cache.
         min_piece: a row is never cut into pieces of fewer tiles.
     """
@@ -54,8 +51,6 @@ class TritonForwardHopperConfig(Config):
     block_k: int = 128
     num_stages: int = 2
     registers: int = 232
-    ping_pong: bool = True
-    persistent: bool = False
     head_group: int = 4
     min_piece: int = 8
 
@@ -115,22 +110,21 @@ def default_for(problem: AttentionProblem) -> TritonForwardHopperConfig:
     kv_bytes = 2 * problem.seqlen_k * (problem.head_dim + problem.head_dim_v)
     # As many KV heads as the L2 cache holds beside everything else, with all their query heads.
     kv_heads = max(1, _MAX_GROUP_BYTES // max(kv_bytes, 1))
-    head_group = min(next_power_of_2(kv_heads + 1) // 2, 4) * problem.group_size
+    # Uneven rows balance better the more of them there are to give out, longest first.
+    most = 16 if problem.program else 4
+    head_group = min(next_power_of_2(kv_heads + 1) // 2, most) * problem.group_size
     # Where a mask's blocks are smaller than 128 keys, narrower tiles visit fewer keys.
     narrow = width > 128 or _is_fine(problem.program)
     stages = 2 if width > 64 and not (narrow and width == 128) else 3
     # Three consumers have registers for plain scores alone, and only with this assembler.
     tall = width == 64 and not sparse and "alibi" not in problem.features and _fits_three()
+    # Of short causal rows, tiles of 192 rows visit too many keys in vain.
+    tall = tall and not (problem.program and problem.seqlen_q <= _SHORT_SEQUENCE)
     return TritonForwardHopperConfig(
         block_q=192 if tall else 128,
         block_k=64 if narrow else 128,
         num_stages=stages,
         registers=160 if tall else 240 if width > 128 else 232,
-        # One warpgroup's softmax under the other's products: pays where the softmax is a large
-        # part (head_dim 64), where masks make the two uneven, and among short rows; long dense
-        # ones run better without.
-        ping_pong=width == 64 or bool(problem.program) or problem.seqlen_q <= _SHORT_SEQUENCE,
-        persistent=sparse or problem.seqlen_q <= _SHORT_SEQUENCE,
         head_group=head_group,
     )
 
@@ -138,7 +132,7 @@ def default_for(problem: AttentionProblem) -> TritonForwardHopperConfig:
 def _fits_three() -> bool:
     """Whether three consumers compile without spills in their loops.
 
-    They do with the ptxas of Triton 3.6 (CUDA 12.8); with that of 3.9 they spill 46 times a tile.
+    They do with the ptxas of Triton 3.6 (CUDA 12.8); with that of 3.9 they spill 19 times a tile.
     """
     return str(triton.__version__).startswith("3.6.")
 
@@ -148,7 +142,7 @@ def _field_reasons(config: TritonForwardHopperConfig) -> list[str]:
     for name, allowed in (
         ("block_q", tuple(LAUNCH_REGISTERS)),
         ("block_k", (64, 128)),
-        ("num_stages", (2, 3, 4, 5, 6)),
+        ("num_stages", (2, 3)),
         # Multiples of 8; the producer must be left 24 at least.
         ("registers", _CONSUMER_REGISTERS.get(config.block_q, ())),
     ):

@@ -1,7 +1,7 @@
 """A consumer warpgroup of the Hopper forward; the algorithm is at the head of hopper_kernel.py."""
 
 # Triton's types are not Python's, and a constexpr `if` is decided while compiling.
-# ruff: noqa: ANN001, ANN201, C901, PLR0915, SIM108, SIM113
+# ruff: noqa: ANN001, ANN201, C901, PLR0915, SIM108
 # mypy: ignore-errors
 from __future__ import annotations
 
@@ -17,84 +17,72 @@ from portattn.backends.triton.hopper_adapter import (
 )
 from portattn.backends.triton.hopper_epilogue import finish, merge_pieces
 from portattn.backends.triton.hopper_primitives import (
-    FULL_COUNT,
-    FULL_FIRST,
-    FULL_STEP,
-    FULL_STRIDE,
     LN2,
     LOG2E,
     NEG_INF,
-    NUM_PIECES,
-    NUM_ROWS,
-    Q_START,
-    Q_STEP,
     ROWS,
-    TILE_BEGIN,
-    TILE_END,
     after,
+    has_keys,
+    leave,
     load_key_ids,
     load_words,
-    locate,
     masked,
+    next_stage,
     pack_pairs,
-    pass_turn,
+    rescale,
     score_terms,
     softmax_step,
-    take_turn,
-    tile_entry,
     unpack_pairs,
+)
+from portattn.backends.triton.hopper_work import (
+    ITEM_FIELDS,
+    NUM_PIECES,
+    receive_item,
+    tile_entry,
 )
 
 
 @gluon.jit
 def advance(
-    state, q, tile, mask_args, terms, rings, W: gl.constexpr, OPENING: gl.constexpr,
-    MASKED: gl.constexpr, FLAGS: gl.constexpr, LAYOUTS: gl.constexpr,
+    state, q, tile, mask_args, terms, rings, OPENING: gl.constexpr, MASKED: gl.constexpr,
+    FLAGS: gl.constexpr, LAYOUTS: gl.constexpr,
 ):  # fmt: skip
     """Scores and softmax of a tile, beside the product P V of the tile before (not if OPENING)."""
     BLOCK_Q: gl.constexpr = FLAGS[0]
-    NUM_STAGES: gl.constexpr = FLAGS[1]
-    PING_PONG: gl.constexpr = FLAGS[2]
-    IDS: gl.constexpr = FLAGS[5]
-    SCALED: gl.constexpr = FLAGS[9]
-    SOFTCAP: gl.constexpr = FLAGS[10]
-    ALIBI: gl.constexpr = FLAGS[11]
+    IDS: gl.constexpr = FLAGS[4]
+    SCALED: gl.constexpr = FLAGS[8]
+    SOFTCAP: gl.constexpr = FLAGS[9]
+    ALIBI: gl.constexpr = FLAGS[10]
     SCORES: gl.constexpr = LAYOUTS[0]
     SPLIT: gl.constexpr = LAYOUTS[1]
     PV: gl.constexpr = LAYOUTS[2]
     acc, p, m, row_sum = state
-    tiles_done, start, step = tile
+    stage, filled, before, filled_before, start, step = tile
     words, words_other, q_id, k_ids_ptr, seqlen_k = mask_args
     rows, q_offset, scale, softcap, slope, factor = terms
-    k_shared, v_shared, k_full, k_empty, v_full, v_empty = rings
+    k_shared, v_shared, k_full, v_full = rings
     BLOCK_K: gl.constexpr = k_shared.shape[1]
     CONSUMERS: gl.constexpr = BLOCK_Q // ROWS
     # A tile with ids does not overlap: they take the registers of P, so its product must be done.
     OVERLAPS: gl.constexpr = not (IDS and MASKED)
-    stage = tiles_done % NUM_STAGES
-    before = (tiles_done - 1) % NUM_STAGES
     # P crosses the loop's end as pairs: lone 16-bit numbers would be unpacked and packed again.
     pv = unpack_pairs(p, q.dtype, PV)
     zeros = gl.zeros([ROWS, BLOCK_K], gl.float32, SCORES)
-    mbarrier.wait(k_full.index(stage), (tiles_done // NUM_STAGES) & 1)
-    if PING_PONG:
-        take_turn(W)
+    mbarrier.wait(k_full.index(stage), filled & 1)
     s = warpgroup_mma(
         q, k_shared.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True
     )
     if not OPENING:
-        mbarrier.wait(v_full.index(before), ((tiles_done - 1) // NUM_STAGES) & 1)
+        mbarrier.wait(v_full.index(before), filled_before & 1)
         acc = warpgroup_mma(pv, v_shared.index(before), acc, is_async=True)
-    if PING_PONG:
-        pass_turn(W, CONSUMERS)
     if OPENING:
         s = warpgroup_mma_wait(0, deps=(s,))
     else:
         s = warpgroup_mma_wait(1, deps=(s,))
-    mbarrier.arrive(k_empty.index(stage))
+    leave(stage, False, CONSUMERS)
     if not OPENING and not OVERLAPS:
         acc, pv = warpgroup_mma_wait(0, deps=(acc, pv))
-        mbarrier.arrive(v_empty.index(before))
+        leave(before, True, CONSUMERS)
     s = score_terms(
         s, rows, start, step, q_offset, scale, softcap, slope, SCALED, SOFTCAP, ALIBI, SCORES
     )
@@ -108,9 +96,21 @@ def advance(
         if OVERLAPS:
             row_sum = after(row_sum)
             acc, pv = warpgroup_mma_wait(0, deps=(acc, pv))
-            mbarrier.arrive(v_empty.index(before))
-        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
+            leave(before, True, CONSUMERS)
+        acc = rescale(acc, alpha)
     return acc, pack_pairs(p32, q.dtype), m, row_sum
+
+
+@gluon.jit
+def pass_over(rings, stage, filled, FLAGS: gl.constexpr):
+    """Give back a tile of which no row of this consumer keeps a key."""
+    BLOCK_Q: gl.constexpr = FLAGS[0]
+    CONSUMERS: gl.constexpr = BLOCK_Q // ROWS
+    _, _, k_full, v_full = rings
+    mbarrier.wait(k_full.index(stage), filled & 1)
+    mbarrier.wait(v_full.index(stage), filled & 1)
+    leave(stage, False, CONSUMERS)
+    leave(stage, True, CONSUMERS)
 
 
 @gluon.jit
@@ -118,22 +118,20 @@ def consumer(W: gl.constexpr, args, FLAGS: gl.constexpr):
     """Attention of every item's rows W * ROWS to W * ROWS + ROWS - 1."""
     BLOCK_Q: gl.constexpr = FLAGS[0]
     NUM_STAGES: gl.constexpr = FLAGS[1]
-    PING_PONG: gl.constexpr = FLAGS[2]
-    OUT_IN_QUERY: gl.constexpr = FLAGS[3]
-    STEPPED: gl.constexpr = FLAGS[4]
-    IDS: gl.constexpr = FLAGS[5]
-    PIECES: gl.constexpr = FLAGS[6]
-    FIRST: gl.constexpr = FLAGS[7]
-    LAST: gl.constexpr = FLAGS[8]
-    ALIBI: gl.constexpr = FLAGS[11]
-    SINKS: gl.constexpr = FLAGS[12]
-    STORE_LSE: gl.constexpr = FLAGS[13]
+    OUT_IN_QUERY: gl.constexpr = FLAGS[2]
+    STEPPED: gl.constexpr = FLAGS[3]
+    IDS: gl.constexpr = FLAGS[4]
+    PIECES: gl.constexpr = FLAGS[5]
+    FIRST: gl.constexpr = FLAGS[6]
+    LAST: gl.constexpr = FLAGS[7]
+    ALIBI: gl.constexpr = FLAGS[10]
+    SINKS: gl.constexpr = FLAGS[11]
+    STORE_LSE: gl.constexpr = FLAGS[12]
     (q_shared, out_shared, q_full, q_empty, rings, work, lists, ids, score_args, out_args, pieces,
-     seqlen_q, seqlen_k) = args  # fmt: skip
-    k_shared, v_shared, _, _, v_full, v_empty = rings
-    (items_ptr, layouts_ptr, layout_stride_b, layout_stride_h, num_layouts, first_item, num_items,
-     num_bh, num_heads, head_group) = work  # fmt: skip
-    tiles_ptr, full_list_ptr, bits_ptr = lists
+     seqlen_q, seqlen_k, mail) = args  # fmt: skip
+    k_shared, v_shared, _, v_full = rings
+    items_ptr, num_heads = work
+    tiles_ptr, full_list_ptr, bits_ptr, ranges_ptr = lists
     layout_ids_ptr, q_ids_ptr, k_ids_ptr = ids
     q_offset, scale, softcap, slopes_ptr, slopes_stride_b, slopes_stride_h, sinks_ptr = score_args
     (out_maps, lse_ptr, lse_stride_b, lse_stride_h, lse_stride_s, running_out_ptr,
@@ -152,9 +150,9 @@ def consumer(W: gl.constexpr, args, FLAGS: gl.constexpr):
     PV: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
     OUT_ROW: gl.constexpr = gl.SliceLayout(1, OUT)
-    example = gl.zeros([ROWS, BLOCK_K], gl.float32, SCORES).reshape([ROWS, WORDS, 32])
+    example = gl.zeros([ROWS, BLOCK_K], gl.float32, SCORES).reshape([ROWS, WORDS, 4, 4, 2])
     SPLIT: gl.constexpr = example.type.layout
-    WORD: gl.constexpr = gl.SliceLayout(2, SPLIT)
+    WORD: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, SPLIT)))
     LAYOUTS: gl.constexpr = (SCORES, SPLIT, PV)
     by_lane = gl.zeros([ROWS, BLOCK_K], gl.float32, SCORES).reshape([ROWS, BLOCK_K // 8, 4, 2])
     LANE_SUM: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, by_lane.type.layout))
@@ -162,24 +160,19 @@ def consumer(W: gl.constexpr, args, FLAGS: gl.constexpr):
     q = q_shared.index(W)
     out_buffer = out_shared.index(W)
     factor = scale * LOG2E
-    if PING_PONG and W == CONSUMERS - 1:
-        pass_turn(W, CONSUMERS)
-    tiles_done = 0
+    stage = 0
+    filled = 0
+    before = 0
+    filled_before = 0
     items_done = 0
-    for index in range(gl.program_id(0), num_items * num_bh, gl.num_programs(0)):
-        item, layout, batch, head = locate(
-            index, items_ptr, layouts_ptr, layout_stride_b, layout_stride_h, num_layouts,
-            first_item, num_items, num_bh, num_heads, head_group,
-        )  # fmt: skip
-        q_step = gl.maximum(gl.load(item + Q_STEP), 1)  # a padding item has 0
-        q_start = gl.load(item + Q_START) + W * ROWS * q_step
-        num_rows = gl.load(item + NUM_ROWS)
-        tile_begin = gl.load(item + TILE_BEGIN)
-        num_partial = gl.load(item + TILE_END) - tile_begin
-        num_tiles = num_partial + gl.load(item + FULL_COUNT)
+    (number, layout, batch, head, first_row, q_step, num_rows, tile_begin, num_partial, num_tiles,
+     full_first, full_step, full_stride) = receive_item(mail, 0)  # fmt: skip
+    while number >= 0:
+        item = items_ptr + number * ITEM_FIELDS
+        q_start = first_row + W * ROWS * q_step
         entries = (
-            tiles_ptr, full_list_ptr, tile_begin, num_partial, num_tiles,
-            gl.load(item + FULL_FIRST), gl.load(item + FULL_STEP), gl.load(item + FULL_STRIDE),
+            tiles_ptr, full_list_ptr, tile_begin, num_partial, num_tiles, full_first, full_step,
+            full_stride,
         )  # fmt: skip
         rows = q_start + gl.arange(0, ROWS, ROW) * q_step
         slope = 0.0
@@ -196,7 +189,7 @@ def consumer(W: gl.constexpr, args, FLAGS: gl.constexpr):
             k_id_head = k_ids_ptr + id_row * seqlen_k
 
         # Bit tile numbers are read one entry ahead: two loads in a row would delay the product.
-        # The opening tile is masked whatever it is: a full one keeps all (-1), none nothing (-2).
+        # An item without tiles opens with one of nothing (-2).
         tile = tiles_ptr + tile_begin * 4
         opening_bits = gl.where(num_tiles > 0, -1, -2)
         same = gl.load(tile + 2, mask=num_partial > 0, other=opening_bits)
@@ -217,12 +210,22 @@ def consumer(W: gl.constexpr, args, FLAGS: gl.constexpr):
         m = gl.full([ROWS], NEG_INF, gl.float32, ROW)
         lane_sums = gl.zeros([ROWS, 4], gl.float32, LANE_SUM)
         mbarrier.wait(q_full.index(W), items_done & 1)
-        acc, p, m, lane_sums = advance(
-            (acc, p, m, lane_sums), q, (tiles_done, start, step),
-            (words, words_other, q_id, k_id_head, seqlen_k), terms, rings, W, True, True, FLAGS,
-            LAYOUTS,
-        )  # fmt: skip
-        tiles_done += 1
+        if (num_partial > 0) | (num_tiles == 0):
+            acc, p, m, lane_sums = advance(
+                (acc, p, m, lane_sums), q, (stage, filled, before, filled_before, start, step),
+                (words, words_other, q_id, k_id_head, seqlen_k), terms, rings, True, True,
+                FLAGS, LAYOUTS,
+            )  # fmt: skip
+        else:
+            acc, p, m, lane_sums = advance(
+                (acc, p, m, lane_sums), q, (stage, filled, before, filled_before, start, step),
+                (words, words_other, q_id, k_id_head, seqlen_k), terms, rings, True, False,
+                FLAGS, LAYOUTS,
+            )  # fmt: skip
+        before, filled_before = stage, filled
+        stage, filled = next_stage(stage, filled, NUM_STAGES)
+        keeps = IDS or has_keys(ranges_ptr, same, W * ROWS, BLOCK_Q)
+        skipped = 0
         for e in range(1, num_partial):
             words = load_words(bits_ptr, same, W * ROWS, WORDS, BLOCK_Q, WORD)
             words_other = words
@@ -233,30 +236,40 @@ def consumer(W: gl.constexpr, args, FLAGS: gl.constexpr):
             if IDS:
                 words_other = load_words(bits_ptr, other, W * ROWS, WORDS, BLOCK_Q, WORD)
                 other = gl.load(tile + e * 4 + 7, mask=e + 1 < num_partial, other=-2)
-            acc, p, m, lane_sums = advance(
-                (acc, p, m, lane_sums), q, (tiles_done, start, step),
-                (words, words_other, q_id, k_id_head, seqlen_k), terms, rings, W, False, True,
-                FLAGS, LAYOUTS,
-            )  # fmt: skip
-            tiles_done += 1
+            # V of the last tile taken is still needed: the ring must not come round to it.
+            if keeps | (skipped == NUM_STAGES - 1):
+                acc, p, m, lane_sums = advance(
+                    (acc, p, m, lane_sums), q,
+                    (stage, filled, before, filled_before, start, step),
+                    (words, words_other, q_id, k_id_head, seqlen_k), terms, rings, False, True,
+                    FLAGS, LAYOUTS,
+                )  # fmt: skip
+                before, filled_before = stage, filled
+                skipped = 0
+            else:
+                pass_over(rings, stage, filled, FLAGS)
+                skipped += 1
+            keeps = IDS or has_keys(ranges_ptr, same, W * ROWS, BLOCK_Q)
+            stage, filled = next_stage(stage, filled, NUM_STAGES)
         for e in range(gl.maximum(num_partial, 1), num_tiles):
             if ALIBI:
                 start, step = tile_entry(entries, e)
             acc, p, m, lane_sums = advance(
-                (acc, p, m, lane_sums), q, (tiles_done, start, step),
-                (words, words_other, q_id, k_id_head, seqlen_k), terms, rings, W, False, False,
+                (acc, p, m, lane_sums), q, (stage, filled, before, filled_before, start, step),
+                (words, words_other, q_id, k_id_head, seqlen_k), terms, rings, False, False,
                 FLAGS, LAYOUTS,
             )  # fmt: skip
-            tiles_done += 1
+            before, filled_before = stage, filled
+            stage, filled = next_stage(stage, filled, NUM_STAGES)
         if not OUT_IN_QUERY:
             mbarrier.arrive(q_empty.index(W))
         pv = unpack_pairs(p, q.dtype, PV)
-        last = (tiles_done - 1) % NUM_STAGES
-        mbarrier.wait(v_full.index(last), ((tiles_done - 1) // NUM_STAGES) & 1)
-        acc = warpgroup_mma(pv, v_shared.index(last), acc, is_async=True)
+        mbarrier.wait(v_full.index(before), filled_before & 1)
+        acc = warpgroup_mma(pv, v_shared.index(before), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(v_empty.index(last))
+        leave(before, True, CONSUMERS)
 
+        next_item = receive_item(mail, items_done + 1)
         row_sum = gl.convert_layout(gl.sum(lane_sums, 1), ROW)
         empty = row_sum == 0.0
         divisor = gl.where(empty, 1.0, row_sum)
@@ -291,5 +304,7 @@ def consumer(W: gl.constexpr, args, FLAGS: gl.constexpr):
             copy_out_wait(0)
             mbarrier.arrive(q_empty.index(W))
         items_done += 1
+        (number, layout, batch, head, first_row, q_step, num_rows, tile_begin, num_partial,
+         num_tiles, full_first, full_step, full_stride) = next_item  # fmt: skip
     # Shared memory must outlive the copies that read it.
     copy_out_wait(0)

@@ -9,13 +9,15 @@ from triton.experimental import gluon
 
 from portattn.backends.triton.hopper_adapter import barrier, copy_out, fence_async_shared, gl
 from portattn.backends.triton.hopper_primitives import (
-    COUNTER,
     NEG_INF,
     ROWS,
-    SLOT,
-    SLOT_FIRST,
     merge_end,
     merge_step,
+)
+from portattn.backends.triton.hopper_work import (
+    COUNTER,
+    SLOT,
+    SLOT_FIRST,
 )
 
 
@@ -35,9 +37,12 @@ def merge_pieces(
     slot_out = gl.multiple_of(slots_out_ptr + slot * (BLOCK_Q * BLOCK_DV), 16)
     gl.store(slot_out + in_slot, out)
     gl.store(slots_lse_ptr + slot * BLOCK_Q + r, lse)
-    # One counter per consumer: its rows depend on nobody else's.
+    # One counter per consumer, after the one of work: its rows depend on nobody else's.
     counter = (
-        counters_ptr + (bh.to(gl.int64) * num_counters + gl.load(item + COUNTER)) * CONSUMERS + W
+        counters_ptr
+        + 1
+        + (bh.to(gl.int64) * num_counters + gl.load(item + COUNTER)) * CONSUMERS
+        + W
     )
     # All threads have stored before one of them releases; the last to arrive acquires all slots.
     barrier()

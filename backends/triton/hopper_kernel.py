@@ -10,16 +10,22 @@ The shape of FlashAttention-3 (Shah et al. 2024, algorithms 1 and 2) over schedu
     l  = l * exp2(m - m') + rowsum(P)
     O  = O * exp2(m - m')          (once the previous P V is done)
 
-so that the softmax of one tile runs under the matrix product of the one before. PING_PONG makes
-the warpgroups take turns at issuing products: one's softmax runs under the others' products.
-Programs take every num_programs-th work index; barriers keep their phases across items.
+so that the softmax of one tile runs under the matrix product of the one before. m' is m while
+rowmax(S) exceeds it by less than 8, so that O is rarely rescaled. A consumer none of whose rows
+keeps a key of a tile passes over it.
+
+There are as many programs as multiprocessors; the producer takes work from a counter once it has
+asked for the last tile of an item, and tells the consumers. Barriers keep their phases across
+items.
 
 Mbarriers, each with the parity its waiter expects:
     q_full[w]   TMA -> consumer w: its rows of Q are there     items & 1
     q_empty[w]  consumer w -> producer: Q may be overwritten   (items & 1) ^ 1: the first is free
     k_full[s], v_full[s]    TMA -> consumers                   (tiles // NUM_STAGES) & 1
-    k_empty[s], v_empty[s]  all consumers -> producer          the same ^ 1
-Named barriers: 9 + w, consumer w's turn; 12, which nobody takes (`after`).
+    mail_full[b]   producer -> consumers: an item's numbers    (items // 2) & 1
+    mail_empty[b]  all consumers -> producer: they have them   the same ^ 1
+Named barriers: 6 + s, all consumers -> producer: keys s may be overwritten; 9 + s, values s; 12,
+which nobody takes (`after`).
 
 An item without tiles takes one of nothing, so that the phases need no exception.
 
@@ -28,7 +34,7 @@ the rows that do not exist. What it does not do: float32, bias, kv_lengths, grad
 """
 
 # Triton's types are not Python's, and a constexpr `if` is decided while compiling.
-# ruff: noqa: ANN001, ANN201, PLR0915, SIM113
+# ruff: noqa: ANN001, ANN201, PLR0915
 # mypy: ignore-errors
 from __future__ import annotations
 
@@ -38,18 +44,27 @@ from triton.experimental import gluon
 from portattn.backends.triton.hopper_adapter import gl, mbarrier
 from portattn.backends.triton.hopper_consumer import consumer
 from portattn.backends.triton.hopper_primitives import (
+    ROWS,
+    copy_keys,
+    copy_queries,
+    next_stage,
+    wait_empty,
+)
+from portattn.backends.triton.hopper_work import (
     FULL_COUNT,
     FULL_FIRST,
     FULL_STEP,
     FULL_STRIDE,
+    ITEM_FIELDS,
+    MAIL_FIELDS,
+    NUM_ROWS,
     Q_START,
     Q_STEP,
-    ROWS,
     TILE_BEGIN,
     TILE_END,
-    copy_keys,
-    copy_queries,
     locate,
+    send_item,
+    take_work,
     tile_entry,
 )
 
@@ -57,36 +72,47 @@ from portattn.backends.triton.hopper_primitives import (
 @gluon.jit
 def producer(args, CONSUMERS: gl.constexpr, NUM_STAGES: gl.constexpr, STEPPED: gl.constexpr):
     """Copy every item's query rows, and its key and value tiles, as their buffers fall free."""
-    (q_maps, k_maps, v_maps, buffers, q_full, q_empty, k_full, k_empty, v_full, v_empty, work,
-     lists, group_size) = args  # fmt: skip
+    (q_maps, k_maps, v_maps, buffers, q_full, q_empty, k_full, v_full, work,
+     lists, group_size, mail, counters_ptr) = args  # fmt: skip
     q_shared, k_shared, v_shared = buffers
     (items_ptr, layouts_ptr, layout_stride_b, layout_stride_h, num_layouts, first_item, num_items,
      num_bh, num_heads, head_group) = work  # fmt: skip
     tiles_ptr, full_list_ptr = lists
-    tiles_done = 0
+    stage = 0
+    filled = 0  # of every buffer: how often
     items_done = 0
-    for index in range(gl.program_id(0), num_items * num_bh, gl.num_programs(0)):
-        item, _, batch, head = locate(
-            index, items_ptr, layouts_ptr, layout_stride_b, layout_stride_h, num_layouts,
-            first_item, num_items, num_bh, num_heads, head_group,
+    num_work = num_items * num_bh
+    index = gl.program_id(0)
+    while index < num_work:
+        number, layout, batch, head = locate(
+            index, layouts_ptr, layout_stride_b, layout_stride_h, num_layouts, first_item,
+            num_items, num_bh, num_heads, head_group,
         )  # fmt: skip
         kv_head = head // group_size
+        item = items_ptr + number * ITEM_FIELDS
         q_start = gl.load(item + Q_START)
         q_step = gl.maximum(gl.load(item + Q_STEP), 1)  # a padding item has 0
         tile_begin = gl.load(item + TILE_BEGIN)
         num_partial = gl.load(item + TILE_END) - tile_begin
         num_tiles = num_partial + gl.load(item + FULL_COUNT)
+        full_first = gl.load(item + FULL_FIRST)
+        full_step = gl.load(item + FULL_STEP)
+        full_stride = gl.load(item + FULL_STRIDE)
         entries = (
-            tiles_ptr, full_list_ptr, tile_begin, num_partial, num_tiles,
-            gl.load(item + FULL_FIRST), gl.load(item + FULL_STEP), gl.load(item + FULL_STRIDE),
+            tiles_ptr, full_list_ptr, tile_begin, num_partial, num_tiles, full_first, full_step,
+            full_stride,
+        )  # fmt: skip
+        send_item(
+            mail, items_done,
+            (number, layout, batch, head, q_start, q_step, gl.load(item + NUM_ROWS), tile_begin,
+             num_partial, num_tiles, full_first, full_step, full_stride),
         )  # fmt: skip
         start, step = tile_entry(entries, 0)
         for e in range(0, gl.maximum(num_tiles, 1)):
             # One entry ahead: its load must not stand between two copies.
             next_start, next_step = tile_entry(entries, e + 1)
-            stage = tiles_done % NUM_STAGES
-            free = ((tiles_done // NUM_STAGES) & 1) ^ 1
-            mbarrier.wait(k_empty.index(stage), free)
+            if filled > 0:
+                wait_empty(stage, False, CONSUMERS)
             copy_keys(
                 k_maps, batch, kv_head, start, step, k_full.index(stage), k_shared.index(stage),
                 STEPPED,
@@ -99,23 +125,29 @@ def producer(args, CONSUMERS: gl.constexpr, NUM_STAGES: gl.constexpr, STEPPED: g
                         q_maps, batch, head, q_start + w * ROWS * q_step, q_step,
                         q_full.index(w), q_shared.index(w), STEPPED,
                     )  # fmt: skip
-            mbarrier.wait(v_empty.index(stage), free)
+            if filled > 0:
+                wait_empty(stage, True, CONSUMERS)
             copy_keys(
                 v_maps, batch, kv_head, start, step, v_full.index(stage), v_shared.index(stage),
                 STEPPED,
             )  # fmt: skip
-            tiles_done += 1
+            stage, filled = next_stage(stage, filled, NUM_STAGES)
             start = next_start
             step = next_step
+        index = num_work
+        if gl.num_programs(0) < num_work:
+            # Not before: what is taken early is missing where programs run out of work.
+            index = take_work(counters_ptr, num_work)
         items_done += 1
+    send_item(mail, items_done, (-1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0))
 
 
 # Every parameter that must not specialise: new lengths, strides and addresses reuse the variant.
 RUNTIME_PARAMETERS = [
     "lse_ptr", "running_out_ptr", "running_lse_ptr", "slots_out_ptr", "slots_lse_ptr",
-    "counters_ptr", "items_ptr", "full_list_ptr", "tiles_ptr", "bits_ptr", "layouts_ptr",
-    "layout_ids_ptr", "q_ids_ptr", "k_ids_ptr", "slopes_ptr", "sinks_ptr", "q_residues",
-    "k_residues", "lse_stride_b", "lse_stride_h", "lse_stride_s", "slopes_stride_b",
+    "counters_ptr", "items_ptr", "full_list_ptr", "tiles_ptr", "bits_ptr", "ranges_ptr",
+    "layouts_ptr", "layout_ids_ptr", "q_ids_ptr", "k_ids_ptr", "slopes_ptr", "sinks_ptr",
+    "q_residues", "k_residues", "lse_stride_b", "lse_stride_h", "lse_stride_s", "slopes_stride_b",
     "slopes_stride_h", "layout_stride_b", "layout_stride_h", "num_layouts", "first_item",
     "num_items", "num_bh", "num_heads", "group_size", "head_group", "seqlen_q", "seqlen_k",
     "q_offset", "num_slots", "num_counters",
@@ -126,8 +158,8 @@ RUNTIME_PARAMETERS = [
 def hopper_forward(
     q_desc, q_short, k_desc, k_long, k_short, v_desc, v_long, v_short, out_desc, out_short,
     lse_ptr, running_out_ptr, running_lse_ptr, slots_out_ptr, slots_lse_ptr, counters_ptr,
-    items_ptr, full_list_ptr, tiles_ptr, bits_ptr, layouts_ptr, layout_ids_ptr, q_ids_ptr,
-    k_ids_ptr, slopes_ptr, sinks_ptr,
+    items_ptr, full_list_ptr, tiles_ptr, bits_ptr, ranges_ptr, layouts_ptr, layout_ids_ptr,
+    q_ids_ptr, k_ids_ptr, slopes_ptr, sinks_ptr,
     lse_stride_b: tl.int64, lse_stride_h: tl.int64, lse_stride_s: tl.int64,
     slopes_stride_b: tl.int64, slopes_stride_h: tl.int64,
     layout_stride_b: tl.int32, layout_stride_h: tl.int32, num_layouts: tl.int32,
@@ -137,7 +169,7 @@ def hopper_forward(
     k_residues: tl.int32,
     scale: tl.float32, softcap: tl.float32,
     BLOCK_Q: gl.constexpr, NUM_STAGES: gl.constexpr, REGISTERS: gl.constexpr,
-    PING_PONG: gl.constexpr, OUT_IN_QUERY: gl.constexpr, STEPPED: gl.constexpr,
+    OUT_IN_QUERY: gl.constexpr, STEPPED: gl.constexpr,
     IDS: gl.constexpr, PIECES: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr,
     SCALED: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, SINKS: gl.constexpr,
     STORE_LSE: gl.constexpr,
@@ -165,22 +197,27 @@ def hopper_forward(
     q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
     k_full = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], BARRIER)
     v_full = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], BARRIER)
-    k_empty = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], BARRIER)
-    v_empty = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], BARRIER)
+    boxes = gl.allocate_shared_memory(
+        gl.int32, [2 * MAIL_FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
+    mail_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    mail_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    mail = (boxes, mail_full, mail_empty)
+    for box in gl.static_range(2):
+        mbarrier.init(mail_full.index(box), count=1)
+        mbarrier.init(mail_empty.index(box), count=CONSUMERS)
     for w in gl.static_range(CONSUMERS):
         mbarrier.init(q_full.index(w), count=1)
         mbarrier.init(q_empty.index(w), count=1)
     for stage in gl.static_range(NUM_STAGES):
         mbarrier.init(k_full.index(stage), count=1)
         mbarrier.init(v_full.index(stage), count=1)
-        mbarrier.init(k_empty.index(stage), count=CONSUMERS)
-        mbarrier.init(v_empty.index(stage), count=CONSUMERS)
 
     work = (
         items_ptr, layouts_ptr, layout_stride_b, layout_stride_h, num_layouts, first_item,
         num_items, num_bh, num_heads, head_group,
     )  # fmt: skip
-    rings = (k_shared, v_shared, k_full, k_empty, v_full, v_empty)
+    rings = (k_shared, v_shared, k_full, v_full)
     score_args = (
         q_offset, scale, softcap, slopes_ptr, slopes_stride_b, slopes_stride_h, sinks_ptr
     )  # fmt: skip
@@ -191,18 +228,19 @@ def hopper_forward(
     )  # fmt: skip
     pieces = (slots_out_ptr, slots_lse_ptr, counters_ptr, num_slots, num_counters)
     ids = (layout_ids_ptr, q_ids_ptr, k_ids_ptr)
-    lists = (tiles_ptr, full_list_ptr, bits_ptr)
+    lists = (tiles_ptr, full_list_ptr, bits_ptr, ranges_ptr)
     consumer_args = (
-        q_shared, out_shared, q_full, q_empty, rings, work, lists, ids, score_args, out_args,
-        pieces, seqlen_q, seqlen_k,
+        q_shared, out_shared, q_full, q_empty, rings, (items_ptr, num_heads), lists, ids,
+        score_args, out_args, pieces, seqlen_q, seqlen_k, mail,
     )  # fmt: skip
     producer_args = (
         (q_desc, q_short, q_residues), (k_desc, k_long, k_short, k_residues),
         (v_desc, v_long, v_short, k_residues), (q_shared, k_shared, v_shared), q_full, q_empty,
-        k_full, k_empty, v_full, v_empty, work, (tiles_ptr, full_list_ptr), group_size,
+        k_full, v_full, work, (tiles_ptr, full_list_ptr), group_size,
+        mail, counters_ptr,
     )  # fmt: skip
     FLAGS: gl.constexpr = (
-        BLOCK_Q, NUM_STAGES, PING_PONG, OUT_IN_QUERY, STEPPED, IDS, PIECES, FIRST, LAST, SCALED,
+        BLOCK_Q, NUM_STAGES, OUT_IN_QUERY, STEPPED, IDS, PIECES, FIRST, LAST, SCALED,
         SOFTCAP, ALIBI, SINKS, STORE_LSE,
     )  # fmt: skip
     if CONSUMERS == 2:

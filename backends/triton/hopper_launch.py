@@ -6,8 +6,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from portattn.backends.repeated import arrival_counters
-from portattn.backends.triton.fast_launch import RepeatedLaunch
+from portattn.backends.repeated import (
+    COUNTERS,
+    KEY,
+    LSE,
+    OUTPUT,
+    QUERY,
+    SINKS,
+    SLOPES,
+    VALUE,
+)
+from portattn.backends.stream_memory import arrival_counters
+from portattn.backends.triton.fast_launch import (
+    KeptCall,
+    RepeatedLaunch,
+    repeated_call,
+    scratch_sources,
+)
 from portattn.backends.triton.geometry import slope_strides, strides_of
 from portattn.backends.triton.hopper_config import CONSUMER_ROWS, block_width
 from portattn.backends.triton.hopper_kernel import hopper_forward
@@ -24,6 +39,7 @@ from portattn.plan import to_device
 
 if TYPE_CHECKING:
     from portattn.backends.base import AttentionInputs
+    from portattn.backends.repeated import RepeatedCall
     from portattn.backends.triton.fast_launch import Describe
     from portattn.backends.triton.hopper_config import TritonForwardHopperConfig
     from portattn.backends.triton.hopper_variant import HopperPass, HopperVariant
@@ -34,7 +50,8 @@ _POINTERS = (
     "q_desc", "q_short", "k_desc", "k_long", "k_short", "v_desc", "v_long", "v_short", "out_desc",
     "out_short", "lse_ptr", "running_out_ptr", "running_lse_ptr", "slots_out_ptr",
     "slots_lse_ptr", "counters_ptr", "items_ptr", "full_list_ptr", "tiles_ptr", "bits_ptr",
-    "layouts_ptr", "layout_ids_ptr", "q_ids_ptr", "k_ids_ptr", "slopes_ptr", "sinks_ptr",
+    "ranges_ptr", "layouts_ptr", "layout_ids_ptr", "q_ids_ptr", "k_ids_ptr", "slopes_ptr",
+    "sinks_ptr",
 )  # fmt: skip
 
 
@@ -70,7 +87,10 @@ def _integers(
     )
 
 
-class HopperCall:
+_LETTERS = {"q": QUERY, "k": KEY, "v": VALUE, "o": OUTPUT}
+
+
+class HopperCall(KeptCall):
     """One kind of call, ready to be repeated (`repeated.call_key`). Thread-safe.
 
     It holds the device's arrays of the plan and the schedule, and neither of the two, which may
@@ -95,9 +115,10 @@ class HopperCall:
         self._sizes = [
             -(-count // 4) * 4 for count in (slots * block_dv, slots, rows * block_dv, rows)
         ]
-        # One counter for each consumer of a row tile: they merge on their own.
+        # One for the work that programs take; one for each consumer of a row tile that was cut,
+        # for they merge on their own.
         consumers = config.block_q // CONSUMER_ROWS
-        self._num_counters = consumers * heads * schedule.num_counters if slots else 0
+        self._num_counters = 1 + consumers * heads * schedule.num_counters
         self._launches = []
         for index in range(passes):
             shape = pass_of(plan, schedule, index)
@@ -110,9 +131,8 @@ class HopperCall:
                 last=index == passes - 1,
             )
             integers = _integers(inputs, plan, schedule, config, shape)
-            programs = shape.num_items * heads
-            if config.persistent:
-                programs = min(programs, device_limits(str(device)).num_sms)
+            # Programs stay: one item's end runs beside the next one's first loads.
+            programs = min(shape.num_items * heads, device_limits(str(device)).num_sms)
             self._launches.append(
                 _repeated(
                     inputs,
@@ -132,6 +152,9 @@ class HopperCall:
         Returns:
             Whether a CUDA graph was being captured: then the plan must be kept.
         """
+        done = self.repeat(inputs)
+        if done is not None:
+            return done
         plan_on, schedule_on = self._on_device
         capturing = plan_on.use()
         schedule_on.use()
@@ -143,13 +166,33 @@ class HopperCall:
             device = query.device
             memory = torch.empty(sum(self._sizes), dtype=torch.float32, device=device)
             more += [part for part in torch.split(memory, self._sizes) if part.numel()]
-            if self._num_counters:
-                more.append(arrival_counters(device, self._num_counters))
+        more.append(arrival_counters(query.device, self._num_counters))
         for launch, letters in self._launches:
             launch([*(by_letter[letter] for letter in letters), *more])
         if output is not inputs.output:
             inputs.output.copy_(output)
+        # Where nothing had to be copied; whether it had is the same for all calls of the kind.
+        given = (inputs.query, inputs.key, inputs.value, inputs.output)
+        if all(x is y for x, y in zip((query, key, value, output), given, strict=True)):
+            self.repeated = self._repeated(inputs)
         return capturing
+
+    def _repeated(self, inputs: AttentionInputs) -> RepeatedCall | None:
+        """See `fast_launch.repeated_call`; the sources are in `run`'s order."""
+        terms = ((inputs.lse, LSE), (inputs.alibi_slopes, SLOPES), (inputs.sinks, SINKS))
+        more = [(source, 0) for tensor, source in terms if tensor is not None]
+        more += scratch_sources(self._sizes)
+        more += [(COUNTERS, 0)]
+        return repeated_call(
+            [
+                (launch, [*((_LETTERS[letter], 0) for letter in letters), *more])
+                for launch, letters in self._launches
+            ],
+            inputs.query.device,
+            on_device=self._on_device,
+            scratch_floats=sum(self._sizes),
+            num_counters=self._num_counters,
+        )
 
 
 def _repeated(
@@ -174,7 +217,7 @@ def _repeated(
         (inputs.sinks is not None, ("sinks_ptr",)),
         (pieces, ("slots_out_ptr", "slots_lse_ptr")),
         (passes, ("running_out_ptr", "running_lse_ptr")),
-        (pieces, ("counters_ptr",)),
+        (True, ("counters_ptr",)),
     )
     moving: dict[str, Describe | None] = dict(maps)
     for is_there, names in optional:
@@ -184,6 +227,7 @@ def _repeated(
         "full_list_ptr": schedule_on.full_list,
         "tiles_ptr": plan_on.tiles,
         "bits_ptr": plan_on.bits,
+        "ranges_ptr": plan_on.bit_ranges,
         "layouts_ptr": plan_on.layouts,
     }
     if variant.ids:

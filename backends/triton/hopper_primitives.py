@@ -16,70 +16,18 @@ from portattn.backends.triton import primitives
 from portattn.backends.triton.hopper_adapter import copy_in, gl, mbarrier
 
 ROWS = gl.constexpr(64)  # of a consumer: what one wgmma instruction takes
-TURN_BARRIER = 9  # the first; Triton counts its own up from 0, one for each partition
+# Named barriers, the first of each kind; Triton counts its own up from 0, one for each partition.
+EMPTY = gl.constexpr(6)
+MAX_STAGES = gl.constexpr(3)
 LN2 = gl.constexpr(0.6931471805599453)
 LOG2E = gl.constexpr(1.4426950408889634)
 NEG_INF = gl.constexpr(float("-inf"))
-# Fields of a schedule item (portattn.h).
-ITEM_FIELDS = gl.constexpr(16)
-Q_START = gl.constexpr(0)
-Q_STEP = gl.constexpr(1)
-NUM_ROWS = gl.constexpr(2)
-TILE_BEGIN = gl.constexpr(3)
-TILE_END = gl.constexpr(4)
-FULL_FIRST = gl.constexpr(5)
-FULL_COUNT = gl.constexpr(6)
-FULL_STEP = gl.constexpr(7)
-FULL_STRIDE = gl.constexpr(8)
-SLOT = gl.constexpr(9)
-SLOT_FIRST = gl.constexpr(10)
-NUM_PIECES = gl.constexpr(11)
-COUNTER = gl.constexpr(12)
+MAX_GROWTH = gl.constexpr(8.0)
 MISSING = gl.constexpr(-3)  # the id of a key that does not exist
 
 tanh = gluon.jit(primitives.tanh.fn)
 merge_step = gluon.jit(primitives.merge_step.fn)
 merge_end = gluon.jit(primitives.merge_end.fn)
-
-
-@gluon.jit
-def locate(
-    index, items_ptr, layouts_ptr, layout_stride_b, layout_stride_h, num_layouts, first_item,
-    num_items, num_bh, num_heads, head_group,
-):  # fmt: skip
-    """Work index -> (item pointer, layout, batch, head), ordered as primitives.locate has it."""
-    group_programs = head_group * num_items
-    first = index // group_programs * head_group
-    rest = index % group_programs
-    heads = gl.minimum(head_group, num_bh - first)
-    bh = first + rest % heads
-    batch = bh // num_heads
-    head = bh % num_heads
-    layout = gl.load(
-        layouts_ptr + batch * layout_stride_b + head * layout_stride_h,
-        mask=num_layouts > 1,
-        other=0,
-    )
-    item = items_ptr + (first_item + layout * num_items + rest // heads) * ITEM_FIELDS
-    return item, layout, batch, head
-
-
-@gluon.jit
-def tile_entry(entries, e):
-    """(start, step) of an item's tile e: partial tiles, then full ones; past the end (0, 1)."""
-    (tiles_ptr, full_list_ptr, tile_begin, num_partial, num_tiles, full_first, full_step,
-     full_stride) = entries  # fmt: skip
-    partial = e < num_partial
-    exists = e < num_tiles
-    listed = exists & (e >= num_partial) & (full_step == 0)
-    tile = tiles_ptr + (tile_begin + e) * 4
-    entry = full_list_ptr + (full_first + e - num_partial) * 2
-    start = gl.load(tile, mask=partial, other=0) + gl.load(entry, mask=listed, other=0)
-    step = gl.load(tile + 1, mask=partial, other=0) + gl.load(entry + 1, mask=listed, other=0)
-    if exists & (e >= num_partial) & (full_step != 0):
-        start = full_first + (e - num_partial) * full_stride
-        step = full_step
-    return start, gl.maximum(step, 1)
 
 
 @gluon.jit
@@ -132,6 +80,17 @@ def load_words(bits_ptr, index, first_row, WORDS: gl.constexpr, BLOCK_Q: gl.cons
 
 
 @gluon.jit
+def has_keys(ranges_ptr, index, first_row, BLOCK_Q: gl.constexpr):
+    """Whether a consumer's rows keep a key of a bit tile: -1 is all of them, -2 none."""
+    GROUPS: gl.constexpr = (BLOCK_Q + 15) // 16
+    ends = ranges_ptr + (gl.maximum(index, 0) * GROUPS + first_row // 16) * 2 + 1
+    most = gl.where(index == -1, 1, 0)
+    for group in gl.static_range(ROWS // 16):
+        most = gl.maximum(most, gl.load(ends + group * 2, mask=index >= 0, other=0))
+    return most > 0
+
+
+@gluon.jit
 def load_key_ids(k_ids_ptr, start, step, seqlen_k, BLOCK_K: gl.constexpr, SCORES: gl.constexpr):
     """The ids of a tile's keys, int32 [BLOCK_K]; MISSING where the key does not exist."""
     c = gl.arange(0, BLOCK_K, gl.SliceLayout(0, SCORES))
@@ -141,27 +100,35 @@ def load_key_ids(k_ids_ptr, start, step, seqlen_k, BLOCK_K: gl.constexpr, SCORES
 
 
 @constexpr_function
-def turn_assembly(kind, consumer):
-    """PTX of a named barrier of two warpgroups; the output is there because there must be one."""
-    return f"bar.{kind} {TURN_BARRIER + consumer}, 256; mov.u32 $0, 0;"
+def empty_assembly(kind, consumers):
+    """PTX of a named barrier of all consumers and the producer's warp."""
+    return f"bar.{kind} $1, {128 * consumers + 32}; mov.u32 $0, 0;"
 
 
 @gluon.jit
-def take_turn(W: gl.constexpr):
-    """Wait until the consumer before W has passed the turn on.
+def wait_empty(stage, VALUES: gl.constexpr, CONSUMERS: gl.constexpr):
+    """The producer's wait until all consumers are done with a buffer of keys, or of VALUES."""
+    ASM: gl.constexpr = empty_assembly("sync", CONSUMERS)
+    FIRST: gl.constexpr = EMPTY + MAX_STAGES if VALUES else EMPTY
+    gl.inline_asm_elementwise(ASM, "=r,r", [stage + FIRST], gl.int32, is_pure=False, pack=1)
 
-    Named barriers, as FlashAttention-3 has it: an mbarrier would cost each turn a barrier of the
-    warpgroup more.
+
+@gluon.jit
+def leave(stage, VALUES: gl.constexpr, CONSUMERS: gl.constexpr):
+    """A consumer is done with a buffer.
+
+    A named barrier, for an mbarrier's arrival would wait for all warps of the consumer first.
     """
-    ASM: gl.constexpr = turn_assembly("sync", W)
-    gl.inline_asm_elementwise(ASM, "=r,r", [W], gl.int32, is_pure=False, pack=1)
+    ASM: gl.constexpr = empty_assembly("arrive", CONSUMERS)
+    FIRST: gl.constexpr = EMPTY + MAX_STAGES if VALUES else EMPTY
+    gl.inline_asm_elementwise(ASM, "=r,r", [stage + FIRST], gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def pass_turn(W: gl.constexpr, CONSUMERS: gl.constexpr):
-    """Let the consumer after W go on."""
-    ASM: gl.constexpr = turn_assembly("arrive", (W + 1) % CONSUMERS)
-    gl.inline_asm_elementwise(ASM, "=r,r", [W], gl.int32, is_pure=False, pack=1)
+def next_stage(stage, filled, NUM_STAGES: gl.constexpr):
+    """The buffer after this one, and how often it has been filled before."""
+    wraps = stage == NUM_STAGES - 1
+    return gl.where(wraps, 0, stage + 1), gl.where(wraps, filled + 1, filled)
 
 
 @gluon.jit
@@ -195,6 +162,8 @@ def softmax_step(s, m, row_sum, factor, SCALED: gl.constexpr, GUARD: gl.constexp
         m_new = gl.maximum(m, gl.max(s, 1))
     else:
         m_new = gl.maximum(m, gl.max(s, 1) * factor)
+    # The base follows the maximum only once that has grown by 2^8: few tiles rescale O.
+    m_new = gl.where(m_new > m + MAX_GROWTH, m_new, m)
     if GUARD:
         m_safe = gl.where(m_new == NEG_INF, 0.0, m_new)
     else:
@@ -210,6 +179,41 @@ def softmax_step(s, m, row_sum, factor, SCALED: gl.constexpr, GUARD: gl.constexp
     by_lane = gl.convert_layout(alpha, gl.SliceLayout(1, row_sum.type.layout))
     row_sum = row_sum * by_lane[:, None] + gl.convert_layout(sums, row_sum.type.layout)
     return p, alpha, m_new, row_sum
+
+
+@constexpr_function
+def rescale_assembly(count):
+    """PTX: numbers times their factors, skipped where all of a warp's factors are 1.
+
+    The first four numbers of a thread are two of each of its two rows.
+    """
+    lines = ["{", ".reg .pred some, skip;", f"setp.neu.f32 some, ${2 * count}, 0f3F800000;"]
+    lines += [f"setp.neu.or.f32 some, ${2 * count + i}, 0f3F800000, some;" for i in range(1, 4)]
+    lines += ["vote.sync.all.pred skip, !some, 0xffffffff;"]
+    lines += [f"mov.b32 ${i}, ${count + i};" for i in range(count)]
+    lines += ["@skip bra kept;"]
+    lines += [f"mul.f32 ${i}, ${count + i}, ${2 * count + i};" for i in range(count)]
+    return " ".join([*lines, "kept:", "}"])
+
+
+@constexpr_function
+def rescale_constraints(count):
+    """Of count results, numbers and factors."""
+    return ",".join(["=f"] * count + ["f"] * (2 * count))
+
+
+@gluon.jit
+def rescale(acc, alpha):
+    """O * alpha, by row; skipped where a warp's rows all have 1, as most have."""
+    factors = gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
+    # Registers that one piece of assembly takes: a thread has 32, 64 or 128 numbers of O.
+    COUNT: gl.constexpr = 32
+    ASM: gl.constexpr = rescale_assembly(COUNT)
+    CONSTRAINTS: gl.constexpr = rescale_constraints(COUNT)
+    operands = [acc, factors.broadcast_to(acc.shape)]
+    return gl.inline_asm_elementwise(
+        ASM, CONSTRAINTS, operands, gl.float32, is_pure=True, pack=COUNT
+    )
 
 
 @gluon.jit
@@ -235,27 +239,59 @@ def after(row_sum):
 
 
 @gluon.jit
-def expand_bits(words, SCORES: gl.constexpr, SPLIT: gl.constexpr):
-    """Int32 [rows, words] -> bool [rows, 32 * words] in the scores' layout; no data moves.
+def spread(words, SCORES: gl.constexpr, SPLIT: gl.constexpr):
+    """Int32 [rows, words] -> [rows, 32 * words] in the scores' layout; no data moves.
 
-    SPLIT is that layout seen as [rows, words, 32].
+    SPLIT is that layout seen as [rows, words, 4 groups, 4 lanes, 2]. A column's bit is number
+    8 * group + its place in the pair: the lane is shifted out, so that compilers know the number.
     """
-    c = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, SPLIT)))[None, None, :]
-    bits = ((words[:, :, None] >> c) & 1) != 0
+    LANE: gl.constexpr = gl.SliceLayout(
+        0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(4, SPLIT)))
+    )
+    lane = gl.arange(0, 4, LANE)[None, None, None, :, None]
+    own = words[:, :, None, None, None] >> (lane * 2)
     COLUMNS: gl.constexpr = words.shape[1] * 32
-    return gl.convert_layout(bits.reshape([ROWS, COLUMNS]), SCORES, assert_trivial=True)
+    own = own.broadcast_to([ROWS, words.shape[1], 4, 4, 2]).reshape([ROWS, COLUMNS])
+    return gl.convert_layout(own, SCORES, assert_trivial=True)
+
+
+@gluon.jit
+def bit_of_column(WORDS: gl.constexpr, SCORES: gl.constexpr, SPLIT: gl.constexpr):
+    """The bits that belong to the columns in `spread`'s words."""
+    GROUP: gl.constexpr = gl.SliceLayout(
+        0, gl.SliceLayout(1, gl.SliceLayout(3, gl.SliceLayout(4, SPLIT)))
+    )
+    PLACE: gl.constexpr = gl.SliceLayout(
+        0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, SPLIT)))
+    )
+    group = gl.arange(0, 4, GROUP)[None, None, :, None, None]
+    place = gl.arange(0, 2, PLACE)[None, None, None, None, :]
+    bit = (1 << (group * 8 + place)).broadcast_to([ROWS, WORDS, 4, 4, 2])
+    return gl.convert_layout(bit.reshape([ROWS, WORDS * 32]), SCORES, assert_trivial=True)
 
 
 @gluon.jit
 def masked(s, words, words_other, q_id, k_id, IDS: gl.constexpr, SCORES: gl.constexpr,
            SPLIT: gl.constexpr):  # fmt: skip
     """Scores with -inf where a bit tile (or an id tile's pair of them) does not keep."""
-    keep = expand_bits(words, SCORES, SPLIT)
+    own = spread(words, SCORES, SPLIT)
     if IDS:
-        other = expand_bits(words_other, SCORES, SPLIT)
         same = (q_id[:, None] == k_id[None, :]) & (q_id >= 0)[:, None]
-        keep = gl.where(same, keep, other) & (k_id != MISSING)[None, :]
-    return gl.where(keep, s, NEG_INF)
+        own = gl.where(same, own, spread(words_other, SCORES, SPLIT))
+        own = gl.where((k_id != MISSING)[None, :], own, 0)
+    # In assembly, for the compiler would test all bits before it waits for the scores, and store
+    # what it found.
+    ASM: gl.constexpr = """{
+        .reg .pred keeps;
+        .reg .b32 bit;
+        and.b32 bit, $2, $3;
+        setp.ne.b32 keeps, bit, 0;
+        selp.f32 $0, $1, 0fFF800000, keeps;
+    }"""
+    bit = bit_of_column(words.shape[1], SCORES, SPLIT)
+    return gl.inline_asm_elementwise(
+        ASM, "=f,f,r,r", [s, own, bit], gl.float32, is_pure=True, pack=1
+    )
 
 
 @gluon.jit

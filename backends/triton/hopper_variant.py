@@ -44,7 +44,6 @@ class HopperVariant:
     block_q: int
     num_stages: int
     registers: int
-    ping_pong: bool
     out_in_query: bool
     stepped: bool
     ids: bool
@@ -105,7 +104,6 @@ def make_variant(
         config.block_q,
         config.num_stages,
         config.registers,
-        config.ping_pong,
         output_in_query(widths, config),
         shape.stepped,
         shape.ids,

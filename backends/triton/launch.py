@@ -8,21 +8,38 @@ from typing import TYPE_CHECKING
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from portattn.backends.repeated import arrival_counters
-from portattn.backends.triton.fast_launch import RepeatedLaunch
+from portattn.backends.repeated import (
+    BIAS,
+    COUNTERS,
+    KEY,
+    LSE,
+    OUTPUT,
+    QUERY,
+    SINKS,
+    SLOPES,
+    VALUE,
+)
+from portattn.backends.stream_memory import arrival_counters
+from portattn.backends.triton.fast_launch import (
+    KeptCall,
+    RepeatedLaunch,
+    repeated_call,
+    scratch_sources,
+)
 from portattn.backends.triton.forward_kernel import forward_kernel
 from portattn.backends.triton.geometry import pass_launches
 from portattn.plan import to_device
 
 if TYPE_CHECKING:
     from portattn.backends.base import AttentionInputs
+    from portattn.backends.repeated import RepeatedCall
     from portattn.backends.triton.config import TritonForwardConfig
     from portattn.backends.triton.fast_launch import Describe
     from portattn.backends.triton.geometry import Layout, PassLaunch
     from portattn.plan import DevicePlan, DeviceSchedule, Plan, Schedule
 
 
-class ForwardCall:
+class ForwardCall(KeptCall):
     """One kind of call, ready to be repeated (`repeated.call_key`). Thread-safe.
 
     It holds the device's arrays of the plan and the schedule, and neither of the two, which may
@@ -58,6 +75,9 @@ class ForwardCall:
         Returns:
             Whether a CUDA graph was being captured: then the plan must be kept.
         """
+        done = self.repeat(inputs)
+        if done is not None:
+            return done
         plan_on, schedule_on = self._on_device
         capturing = plan_on.use()
         schedule_on.use()
@@ -73,7 +93,31 @@ class ForwardCall:
                 tensors.append(arrival_counters(device, self._num_counters))
         for launch, uses_key_twice in self._launches:
             launch([*tensors, inputs.key, inputs.value] if uses_key_twice else tensors)
+        self.repeated = self._repeated(inputs)
         return capturing
+
+    def _repeated(self, inputs: AttentionInputs) -> RepeatedCall | None:
+        """See `fast_launch.repeated_call`; the sources are in `run`'s order."""
+        terms = (
+            (inputs.lse, LSE),
+            (inputs.alibi_slopes, SLOPES),
+            (inputs.bias, BIAS),
+            (inputs.sinks, SINKS),
+        )
+        sources = [(QUERY, 0), (KEY, 0), (VALUE, 0), (OUTPUT, 0)]
+        sources += [(source, 0) for tensor, source in terms if tensor is not None]
+        sources += scratch_sources(self._sizes)
+        sources += [(COUNTERS, 0)] if self._num_counters else []
+        return repeated_call(
+            [
+                (launch, [*sources, (KEY, 0), (VALUE, 0)] if uses_key_twice else sources)
+                for launch, uses_key_twice in self._launches
+            ],
+            inputs.query.device,
+            on_device=self._on_device,
+            scratch_floats=sum(self._sizes),
+            num_counters=self._num_counters,
+        )
 
 
 def _descriptor(layout: Layout, rows: int, width: int, tensor: torch.Tensor) -> TensorDescriptor:

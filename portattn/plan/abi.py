@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from ctypes import POINTER, c_int32, c_int64, c_uint16, c_uint32, c_void_p
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -40,8 +40,6 @@ BITS_FULL = -1
 BITS_EMPTY = -2
 
 Int32Array = np.ndarray[Any, np.dtype[np.int32]]
-# Arrays by name: (address, shape); the address means nothing where the shape has a 0.
-NativeArrays: TypeAlias = dict[str, tuple[int, tuple[int, ...]]]
 
 
 class Array(ctypes.Structure):
@@ -92,7 +90,7 @@ _COUNTS = (
     "num_id_rows",
     "has_steps",
 )
-_POINTERS = (
+PLAN_ARRAYS = (
     "layouts",
     "layout_ids",
     "pass_steps",
@@ -113,9 +111,12 @@ class PlanView(ctypes.Structure):
     _fields_: ClassVar = [
         *((name, c_int64) for name in _SIZES),
         *((name, c_int32) for name in _COUNTS),
-        *((name, c_void_p) for name in _POINTERS),
+        *((name, c_void_p) for name in PLAN_ARRAYS),
         ("transposed", c_int32),
     ]
+
+
+SCHEDULE_ARRAYS = ("items", "item_ptr", "items_per_pass", "full_list")
 
 
 class ScheduleArgs(ctypes.Structure):
@@ -162,6 +163,8 @@ def functions() -> ctypes.CDLL:
     lib.portattn_plan_destroy.restype = None
     lib.portattn_plan_view.argtypes = (c_void_p,)
     lib.portattn_plan_view.restype = POINTER(PlanView)
+    lib.portattn_plan_view_without_ids.argtypes = (c_void_p,)
+    lib.portattn_plan_view_without_ids.restype = POINTER(PlanView)
     lib.portattn_plan_bits_by_key.argtypes = (c_void_p,)
     lib.portattn_plan_bits_by_key.restype = POINTER(c_uint16)
     lib.portattn_plan_transpose.argtypes = (c_void_p, *text)
@@ -172,6 +175,8 @@ def functions() -> ctypes.CDLL:
     lib.portattn_schedule_destroy.restype = None
     lib.portattn_schedule_view.argtypes = (c_void_p,)
     lib.portattn_schedule_view.restype = POINTER(ScheduleView)
+    lib.portattn_pack.argtypes = (c_void_p, c_void_p, c_void_p, c_void_p)
+    lib.portattn_pack.restype = c_int64
     return lib
 
 

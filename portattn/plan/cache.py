@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import os
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from portattn.errors import ConfigError
 from portattn.plan.plan import Plan
@@ -18,6 +18,16 @@ _DEFAULT_BYTES = 256 << 20
 _ALL = (1, 0)
 
 _Key = tuple["Mask | None", int, int, int, int, int, int, int]
+
+
+class KeptCall(Protocol):
+    """What a backend keeps on a plan.
+
+    Attributes:
+        used: it ran; the cache resets it.
+    """
+
+    used: bool
 
 
 class PlanCache:
@@ -49,10 +59,14 @@ class PlanCache:
         return found
 
     def _evict(self, newest: _Key) -> None:
-        for key in list(self._plans):
-            if self._bytes <= self.max_bytes:
-                return
-            if key != newest and not self._plans[key].captured:
+        # Calls that were repeated did not ask the cache: such plans get a second chance.
+        for key in [*self._plans, *self._plans]:
+            plan = self._plans.get(key)
+            if self._bytes <= self.max_bytes or plan is None:
+                continue
+            if _was_used(plan):
+                self._plans.move_to_end(key)
+            elif key != newest and not plan.captured:
                 self._bytes -= self._plans.pop(key).nbytes
 
     def clear(self) -> None:
@@ -69,6 +83,15 @@ class PlanCache:
     def nbytes(self) -> int:
         """Bytes of the plans held."""
         return self._bytes
+
+
+def _was_used(plan: Plan) -> bool:
+    """Whether a call of the plan ran since this was last asked."""
+    calls = list(plan.calls.values())
+    found = any(call.used for call in calls)
+    for call in calls:
+        call.used = False
+    return found
 
 
 def _make(key: _Key) -> Plan:

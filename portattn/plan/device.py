@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import ctypes
 import math
-from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from portattn.errors import MaskError
+from portattn.plan import abi
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     import torch
 
-    from portattn.plan.abi import NativeArrays
     from portattn.plan.plan import Plan
     from portattn.plan.schedule import Schedule
 
-# Arrays start at multiples of 128 bytes, so that wide loads are aligned.
-_ALIGN_BYTES = 128
-
 
 class _Copy:
-    """Native int32 arrays in one tensor on a device, copied without waiting."""
+    """Arrays of a plan, of a schedule or of both in one tensor on a device, copied in one go."""
 
-    def __init__(self, arrays: Sequence[tuple[int, int]], device: torch.device) -> None:
-        """Copy (address, count) arrays; `starts` has where each begins, in int32 elements."""
+    def __init__(self, plan: Plan | None, schedule: Schedule | None, device: torch.device) -> None:
+        """Copy without waiting; `starts` has where each array begins, in bytes, by name."""
         import torch
 
         on_gpu = device.type == "cuda"
@@ -35,18 +31,19 @@ class _Copy:
                 "a plan was needed for the first time while a CUDA graph is being captured. Call "
                 "attention once with these lengths before the capture, or plan.to(device)"
             )
-        starts, total = [], 0
-        for _, count in arrays:
-            starts.append(total // 4)
-            # An empty array still gets a place, so that its pointer is valid.
-            total += -(-max(4 * count, 4) // _ALIGN_BYTES) * _ALIGN_BYTES
+        names = (() if plan is None else abi.PLAN_ARRAYS) + (
+            () if schedule is None else abi.SCHEDULE_ARRAYS
+        )
+        handles = (
+            None if plan is None else plan.handle,
+            None if schedule is None else schedule.handle,
+        )
+        pack, starts = abi.functions().portattn_pack, (ctypes.c_int64 * len(names))()
+        size = pack(*handles, None, starts)
         # Torch keeps pinned memory for reuse, and not before the copy out of it is done.
-        host = torch.empty(total // 4, dtype=torch.int32, pin_memory=on_gpu)
-        target = host.data_ptr()
-        for start, (address, count) in zip(starts, arrays, strict=True):
-            if count:
-                ctypes.memmove(target + 4 * start, address, 4 * count)
-        self.starts = starts
+        host = torch.empty(size // 4, dtype=torch.int32, pin_memory=on_gpu)
+        pack(*handles, host.data_ptr(), starts)
+        self.starts: dict[str, int] = dict(zip(names, starts, strict=True))
         self._device_index = -1
         self._event: torch.cuda.Event | None = None
         self._ordered: set[int] = set()
@@ -58,7 +55,7 @@ class _Copy:
             stream = torch.cuda.current_stream(self._device_index)
             self._event = stream.record_event()
             self._ordered.add(stream.cuda_stream)
-        self.address = self.buffer.data_ptr()
+        self.address: int = self.buffer.data_ptr()
 
     def use(self) -> bool:
         """Make the current stream wait for the copy; True while a CUDA graph is being captured."""
@@ -82,8 +79,8 @@ class _Copy:
 class _Arrays:
     """Part of a copy: int32 tensors by name, made when they are asked for."""
 
-    def __init__(self, copy: _Copy, places: Mapping[str, tuple[int, tuple[int, ...]]]) -> None:
-        self._copy, self._places = copy, places
+    def __init__(self, copy: _Copy, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._copy, self._shapes = copy, shapes
 
     @property
     def buffer(self) -> torch.Tensor:
@@ -96,13 +93,13 @@ class _Arrays:
 
     def address(self, name: str) -> int:
         """Where an array starts in the device's memory; valid for an empty one too."""
-        return self._copy.address + 4 * self._places[name][0]
+        return self._copy.address + self._copy.starts[name]
 
     def __getattr__(self, name: str) -> torch.Tensor:
-        places: Mapping[str, Any] = self.__dict__.get("_places", {})
-        if name not in places:
+        shapes: Mapping[str, tuple[int, ...]] = self.__dict__.get("_shapes", {})
+        if name not in shapes:
             raise AttributeError(name)
-        start, shape = places[name]
+        start, shape = self._copy.starts[name] // 4, shapes[name]
         size = math.prod(shape)
         view = self.buffer[start : start + max(size, 1)]
         view = view.view(shape if size else (1,) * len(shape))
@@ -119,33 +116,18 @@ class DeviceSchedule(_Arrays):
 
 
 def copy_arrays(
-    groups: Sequence[NativeArrays], device: torch.device
-) -> list[tuple[_Copy, dict[str, tuple[int, tuple[int, ...]]]]]:
-    """Groups of arrays in one copy: what `DevicePlan` and `DeviceSchedule` are made of.
+    plan: Plan | None, schedule: Schedule | None, device: torch.device
+) -> tuple[DevicePlan, DeviceSchedule]:
+    """A plan and a schedule in one copy; of one that is None, there is nothing in it.
 
     Raises:
         MaskError: a CUDA graph is being captured.
     """
-    # Arrays that share their memory (ids that are the same for rows and keys) are copied once.
-    sources: dict[tuple[int, int], int] = {}
-    places = []
-    for group in groups:
-        for name, (address, shape) in group.items():
-            size = math.prod(shape)
-            source = (address, size) if size else (0, 0)
-            places.append((name, sources.setdefault(source, len(sources)), shape))
-    copy = _Copy(list(sources), device)
-    found = iter(places)
-    return [
-        (
-            copy,
-            {
-                name: (copy.starts[index], shape)
-                for name, index, shape in islice(found, len(group))
-            },
-        )
-        for group in groups
-    ]
+    copy = _Copy(plan, schedule, device)
+    return (
+        DevicePlan(copy, {} if plan is None else plan.shapes),
+        DeviceSchedule(copy, {} if schedule is None else schedule.shapes),
+    )
 
 
 def to_device(
@@ -157,7 +139,7 @@ def to_device(
         MaskError: they are not there yet while a CUDA graph is being captured.
     """
     if not plan.is_on(device) and not schedule.is_on(device):
-        for_plan, for_schedule = copy_arrays((plan.arrays(), schedule.arrays()), device)
-        plan.keep_on(device, DevicePlan(*for_plan))
-        schedule.keep_on(device, DeviceSchedule(*for_schedule))
+        on_device = copy_arrays(plan, schedule, device)
+        plan.keep_on(device, on_device[0])
+        schedule.keep_on(device, on_device[1])
     return plan.to(device), schedule.to(device)

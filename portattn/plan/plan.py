@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from portattn.plan.cache import KeptCall
+
 
 _MAX_DENSE_ELEMENTS = 1 << 28
 _MAX_CALLS = 64
@@ -41,6 +43,7 @@ class Plan:
         bits: uint32 [num_bit_tiles, block_q, words_per_row].
         bit_ranges: int32 [num_bit_tiles, ceil(block_q / 16), 2].
         q_ids: int32 [num_id_rows, seqlen_q]; k_ids: int32 [num_id_rows, seqlen_k].
+        shapes: of the arrays by name.
         transposed: rows are key tiles, for dK and dV.
         calls: what backends keep for calls that they have seen, by their own keys (`keep_call`).
         captured: a CUDA graph reads it: it is never dropped from the cache.
@@ -52,7 +55,7 @@ class Plan:
         lib = abi.functions()
         self.handle = handle
         self._finalizer = weakref.finalize(self, lib.portattn_plan_destroy, handle)
-        view = lib.portattn_plan_view(handle).contents
+        view = lib.portattn_plan_view_without_ids(handle).contents
         self.batch, self.num_heads = batch, num_heads
         self.seqlen_q, self.seqlen_k, self.q_offset = view.seqlen_q, view.seqlen_k, view.q_offset
         self.block_q, self.block_k = view.block_q, view.block_k
@@ -62,7 +65,8 @@ class Plan:
         self.layout_batch, self.layout_heads = view.layout_batch, view.layout_heads
         self.num_id_rows = view.num_id_rows
         self.has_steps, self.transposed = bool(view.has_steps), bool(view.transposed)
-        shapes = {
+        self._view = view  # in the library's memory, as the arrays are
+        self.shapes: dict[str, tuple[int, ...]] = {
             "layouts": (self.layout_batch, self.layout_heads),
             "layout_ids": (self.num_layouts,),
             "pass_steps": (self.num_passes,),
@@ -75,27 +79,24 @@ class Plan:
             "q_ids": (self.num_id_rows, self.seqlen_q),
             "k_ids": (self.num_id_rows, self.seqlen_k),
         }
-        self._arrays: abi.NativeArrays = {
-            name: (getattr(view, name) or 0, shape) for name, shape in shapes.items()
-        }
         self._lock = threading.Lock()
         self._schedules: dict[tuple[int, ...], Schedule] = {}
         self._on_device: dict[torch.device, DevicePlan] = {}
-        self.calls: dict[Hashable, object] = {}
+        self.calls: dict[Hashable, KeptCall] = {}
         self.captured = False
 
     # Making the arrays takes longer than planning most masks; a call needs few of them.
     def __getattr__(self, name: str) -> np.ndarray[Any, np.dtype[Any]]:
-        arrays: abi.NativeArrays = self.__dict__.get("_arrays", {})
-        if name not in arrays:
+        shapes = self.__dict__.get("shapes", {})
+        if name not in shapes:
             raise AttributeError(f"Plan has no attribute {name!r}")
-        made: np.ndarray[Any, np.dtype[Any]] = abi.as_numpy(*arrays[name])
+        if name in ("q_ids", "k_ids"):
+            abi.functions().portattn_plan_view(self.handle)  # makes them
+        made: np.ndarray[Any, np.dtype[Any]] = abi.as_numpy(
+            getattr(self._view, name), shapes[name]
+        )
         self.__dict__[name] = made = made.view(np.uint32) if name == "bits" else made
         return made
-
-    def arrays(self) -> abi.NativeArrays:
-        """Address and shape of every array, in the library's memory."""
-        return self._arrays
 
     @classmethod
     def create(
@@ -153,7 +154,7 @@ class Plan:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        return 4 * sum(math.prod(shape) for _, shape in self._arrays.values())
+        return 4 * sum(math.prod(shape) for shape in self.shapes.values())
 
     def transpose(self) -> Plan:
         """The same pairs with query and key tiles swapped: rows are key tiles.
@@ -207,7 +208,7 @@ class Plan:
         device = torch.device(device)
         found = self._on_device.get(device)
         if found is None:
-            found = self.keep_on(device, DevicePlan(*copy_arrays([self._arrays], device)[0]))
+            found = self.keep_on(device, copy_arrays(self, None, device)[0])
         if found.use():
             self.captured = True
         return found
@@ -221,7 +222,7 @@ class Plan:
         with self._lock:
             return self._on_device.setdefault(device, made)
 
-    def keep_call(self, key: Hashable, made: object) -> object:
+    def keep_call(self, key: Hashable, made: KeptCall) -> KeptCall:
         """Keep what a backend prepared for calls like one that it has just seen.
 
         It goes with the plan, and must not hold it. A plan serves few different calls; past 64,

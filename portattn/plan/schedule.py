@@ -29,6 +29,7 @@ class Schedule:
         full_list: int32 [n, 2]: k_start, k_step.
         num_slots, num_counters: workspace slots and counters per (batch, head).
         workspace_bytes: for all heads.
+        shapes: of the arrays by name.
         handle: address of the native schedule.
     """
 
@@ -64,30 +65,27 @@ class Schedule:
         self.num_passes, self.num_layouts = view.num_passes, view.num_layouts
         self.num_slots, self.num_counters = view.num_slots, view.num_counters
         self.workspace_bytes = view.workspace_bytes
-        self._arrays: abi.NativeArrays = {
-            "items": (view.items or 0, (view.total_items, abi.ITEM_FIELDS)),
-            "item_ptr": (view.item_ptr or 0, (self.num_passes,)),
-            "items_per_pass": (view.items_per_pass or 0, (self.num_passes,)),
-            "full_list": (view.full_list or 0, (view.full_list_len, 2)),
+        self._view = view  # in the library's memory, as the arrays are
+        self.shapes: dict[str, tuple[int, ...]] = {
+            "items": (view.total_items, abi.ITEM_FIELDS),
+            "item_ptr": (self.num_passes,),
+            "items_per_pass": (self.num_passes,),
+            "full_list": (view.full_list_len, 2),
         }
         self._lock = threading.Lock()
         self._on_device: dict[torch.device, DeviceSchedule] = {}
 
     def __getattr__(self, name: str) -> abi.Int32Array:
-        arrays: abi.NativeArrays = self.__dict__.get("_arrays", {})
-        if name not in arrays:
+        shapes = self.__dict__.get("shapes", {})
+        if name not in shapes:
             raise AttributeError(f"Schedule has no attribute {name!r}")
-        made = self.__dict__[name] = abi.as_numpy(*arrays[name])
+        made = self.__dict__[name] = abi.as_numpy(getattr(self._view, name), shapes[name])
         return made
-
-    def arrays(self) -> abi.NativeArrays:
-        """Address and shape of every array, in the library's memory."""
-        return self._arrays
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        return 4 * sum(math.prod(shape) for _, shape in self._arrays.values())
+        return 4 * sum(math.prod(shape) for shape in self.shapes.values())
 
     def to(self, device: torch.device | str) -> DeviceSchedule:
         """The arrays as int32 tensors on a device, copied once.
@@ -100,7 +98,7 @@ class Schedule:
         device = torch.device(device)
         found = self._on_device.get(device)
         if found is None:
-            found = self.keep_on(device, DeviceSchedule(*copy_arrays([self._arrays], device)[0]))
+            found = self.keep_on(device, copy_arrays(None, self, device)[1])
         found.use()
         return found
 

@@ -195,7 +195,7 @@ def test_calls_are_remembered_and_bounded(monkeypatch):
     monkeypatch.setattr(
         dispatch, "choose", lambda *arguments: chosen.append(arguments) or real(*arguments)
     )
-    monkeypatch.setattr(call, "_MAX_PREPARED", 4)
+    monkeypatch.setattr(call, "_MAX_REMEMBERED", 4)
     call.clear_cache()
     for _ in range(3):
         for length in (3, 4):
@@ -203,7 +203,7 @@ def test_calls_are_remembered_and_bounded(monkeypatch):
     assert len(chosen) == 2
     for length in range(5, 30):
         attention(*[normal(1, 1, length, 8)] * 3, backend="reference")
-        assert len(call._prepared) <= 4
+        assert len(call._remembered) <= 4
 
 
 def test_problem_is_the_tuning_key(spy):

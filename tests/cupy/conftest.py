@@ -4,7 +4,7 @@ import collections
 
 import pytest
 
-from portattn.backends import registry, repeated
+from portattn.backends import registry, stream_memory
 
 # As backend "cpu": the tensors are on the CPU.
 EMULATED = {
@@ -21,7 +21,7 @@ EMULATED_SM90 = {
 @pytest.fixture(autouse=True)
 def counters_of_its_own(monkeypatch):
     """A launch that the emulator ends early leaves them as they are."""
-    monkeypatch.setattr(repeated, "_counters", collections.OrderedDict())
+    monkeypatch.setattr(stream_memory._counters, "kept", collections.OrderedDict())
 
 
 def _register(monkeypatch, kernels):

@@ -1,7 +1,7 @@
 // backends/cupy/decode.cu as a C function that runs on a CPU; compiled with the macros of one variant.
-// First: it stands in for ptx.cuh.
+// First: it stands in for ptx.cuh and decode_ptx.cuh.
 // clang-format off
-#include "emulator.hpp"
+#include "emulator_decode.hpp"
 #include "decode.cu"
 // clang-format on
 

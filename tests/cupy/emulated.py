@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from portattn.backends.cuda_launch import Arguments
+from portattn.backends.cuda_launch import Launch
 from portattn.backends.cupy.config import Variant
 from portattn.backends.cupy.forward_sm80 import CupyForwardSm80
 from portattn.backends.cupy.loader import SOURCE_DIR
+from tests.cupy.emulated_driver import emulated_launch, run_emulated
 
 HERE = Path(__file__).parent
 CAPABILITY = (8, 6)
@@ -62,24 +63,6 @@ def library(variant: Variant, sources: Path = SOURCE_DIR) -> ctypes.CDLL:
     return loaded
 
 
-class EmulatedLaunch(Arguments):
-    """Launches in the emulator."""
-
-    def __init__(self, kernel, variant: Variant, arguments: Sequence[bytes]) -> None:
-        super().__init__(arguments)
-        self.kernel, self.variant = kernel, variant
-
-    def launch(self, grid: int, stream: int) -> None:
-        """The kernel of the variant, on this thread."""
-        self.kernel.variants.append(self.variant)
-        params = self.read(0)
-        error = library(self.variant, self.kernel.sources).emulate(
-            params, len(params), grid, 32 * self.variant.config.num_warps,
-            self.variant.shared_bytes(), self.kernel.order,
-        )  # fmt: skip
-        assert error is None, error.decode()
-
-
 class EmulatedForwardSm80(CupyForwardSm80):
     """Launches in the emulator instead of on a device; everything else is the kernel's own."""
 
@@ -102,8 +85,21 @@ class EmulatedForwardSm80(CupyForwardSm80):
 
     def _make_launch(
         self, variant: Variant, device: torch.device, arguments: Sequence[bytes]
-    ) -> EmulatedLaunch:
-        return EmulatedLaunch(self, variant, arguments)
+    ) -> Launch:
+        threads = 32 * variant.config.num_warps
+
+        def emulate(grid: int, parameters: list[bytes]) -> bytes | None:
+            self.variants.append(variant)
+            (params,) = parameters
+            return library(variant, self.sources).emulate(
+                params, len(params), grid, threads, variant.shared_bytes(), self.order
+            )
+
+        return emulated_launch(emulate, arguments, threads)
+
+    def run(self, inputs, config):
+        """In the emulator, on this thread."""
+        return run_emulated(super().run, inputs, config)
 
 
 class ReversedForwardSm80(EmulatedForwardSm80):

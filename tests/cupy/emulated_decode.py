@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
-from portattn.backends.cuda_launch import Arguments
+from portattn.backends.cuda_launch import Launch
 from portattn.backends.cupy.config_decode import DecodeVariant
 from portattn.backends.cupy.decode import CupyDecode
 from portattn.backends.cupy.loader import SOURCE_DIR
 from tests.cupy.emulated import EARLY, LATE, compile_library
+from tests.cupy.emulated_driver import emulated_launch, run_emulated
 
 CAPABILITY = (8, 6)
 
@@ -25,24 +26,6 @@ def library(variant: DecodeVariant, sources: Path = SOURCE_DIR) -> ctypes.CDLL:
     loaded.emulate.restype = ctypes.c_char_p
     loaded.emulate.argtypes = [ctypes.c_char_p, ctypes.c_int64] + [ctypes.c_int] * 4
     return loaded
-
-
-class EmulatedDecodeLaunch(Arguments):
-    """Launches in the emulator."""
-
-    def __init__(self, kernel, variant: DecodeVariant, arguments: Sequence[bytes]) -> None:
-        super().__init__(arguments)
-        self.kernel, self.variant = kernel, variant
-
-    def launch(self, grid: int, stream: int) -> None:
-        """The kernel of the variant, on this thread."""
-        self.kernel.launches.append((self.variant, grid))
-        params = self.read(0)
-        error = library(self.variant, self.kernel.sources).emulate(
-            params, len(params), grid, 32 * self.variant.config.num_warps,
-            self.variant.shared_bytes(), self.kernel.order,
-        )  # fmt: skip
-        assert error is None, error.decode()
 
 
 class EmulatedDecode(CupyDecode):
@@ -68,8 +51,21 @@ class EmulatedDecode(CupyDecode):
 
     def _make_launch(
         self, variant: DecodeVariant, device: torch.device, arguments: Sequence[bytes]
-    ) -> EmulatedDecodeLaunch:
-        return EmulatedDecodeLaunch(self, variant, arguments)
+    ) -> Launch:
+        threads = 32 * variant.config.num_warps
+
+        def emulate(grid: int, parameters: list[bytes]) -> bytes | None:
+            self.launches.append((variant, grid))
+            (params,) = parameters
+            return library(variant, self.sources).emulate(
+                params, len(params), grid, threads, variant.shared_bytes(), self.order
+            )
+
+        return emulated_launch(emulate, arguments, threads)
+
+    def run(self, inputs, config):
+        """In the emulator, on this thread."""
+        return run_emulated(super().run, inputs, config)
 
 
 class ReversedDecode(EmulatedDecode):

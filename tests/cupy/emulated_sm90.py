@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from portattn.backends.cuda_launch import Arguments
+from portattn.backends.cuda_launch import Launch
 from portattn.backends.cupy.config_sm90 import Variant
-from portattn.backends.cupy.fast_launch import ForwardCall
 from portattn.backends.cupy.forward_sm90 import CupyForwardSm90
 from portattn.backends.cupy.loader import SOURCE_DIR
 from tests.cupy.emulated import compile_library
+from tests.cupy.emulated_driver import emulated_launch, run_emulated
 from tests.cupy.emulated_maps import encode
 
 # Orders of emulator_core.hpp: copies at once and products late; blocks and threads reversed,
@@ -31,24 +31,6 @@ def library(variant: Variant, sources: Path = SOURCE_DIR) -> ctypes.CDLL:
     return loaded
 
 
-class EmulatedLaunch(Arguments):
-    """Launches in the emulator."""
-
-    def __init__(self, kernel, variant: Variant, threads: int, arguments: Sequence[bytes]) -> None:
-        super().__init__(arguments)
-        self.kernel, self.variant, self.threads = kernel, variant, threads
-
-    def launch(self, grid: int, stream: int) -> None:
-        """The kernel of the variant, on this thread."""
-        self.kernel.variants.append(self.variant)
-        params, hopper = self.read(0), self.read(1)
-        error = library(self.variant, self.kernel.sources).emulate(
-            params, len(params), hopper, len(hopper), grid, self.threads,
-            self.variant.shared_bytes(), self.kernel.next_order(),
-        )  # fmt: skip
-        assert error is None, error.decode()
-
-
 class EmulatedForwardSm90(CupyForwardSm90):
     """Launches in the emulator instead of on a device; everything else is the kernel's own."""
 
@@ -58,6 +40,7 @@ class EmulatedForwardSm90(CupyForwardSm90):
     sources = SOURCE_DIR
 
     def __init__(self) -> None:
+        super().__init__()
         self.variants: list[Variant] = []  # of each launch
 
     def next_order(self) -> int:
@@ -70,13 +53,25 @@ class EmulatedForwardSm90(CupyForwardSm90):
     def _workers(self, inputs, config):
         return self.workers
 
-    def _make_call(self, launch, device: torch.device) -> ForwardCall:
-        return ForwardCall(
-            launch,
-            functools.partial(EmulatedLaunch, self, launch.variant, launch.config.threads),
-            lambda inputs, index: [launch.hopper(inputs, index, encode)],
-            [launch.hopper_bytes()],
-        )
+    def _encode(self, address, shape):
+        return encode(address, shape)
+
+    def _make_launch(
+        self, variant: Variant, threads: int, device: torch.device, arguments: Sequence[bytes]
+    ) -> Launch:
+        def emulate(grid: int, parameters: list[bytes]) -> bytes | None:
+            self.variants.append(variant)
+            params, hopper = parameters
+            return library(variant, self.sources).emulate(
+                params, len(params), hopper, len(hopper), grid, threads,
+                variant.shared_bytes(), self.next_order(),
+            )  # fmt: skip
+
+        return emulated_launch(emulate, arguments, threads)
+
+    def run(self, inputs, config):
+        """In the emulator, on this thread."""
+        return run_emulated(super().run, inputs, config)
 
 
 class ReversedForwardSm90(EmulatedForwardSm90):

@@ -42,6 +42,8 @@ PA_DEVICE int shared_load_int(uint32 address) {
     return value;
 }
 
+PA_DEVICE uint32 kept(uint32 v) { return v; }
+
 PA_DEVICE void shared_store_int(uint32 address, int value) {
     std::memcpy(emulator::shared_to_write(address, 4, 4), &value, 4);
 }

@@ -27,10 +27,10 @@ CEILINGS = {
         for dim in (64, 128, 256)
     },
     # Pointers and counters, read once a tile.
-    ("sm_80", "float16", 64, 64, True, NO_TERMS): 8,
-    ("sm_90", "float16", 64, 64, True, NO_TERMS): 8,
+    ("sm_80", "float16", 64, 64, True, NO_TERMS): 16,
+    ("sm_90", "float16", 64, 64, True, NO_TERMS): 16,
     ("sm_80", "float16", 128, 128, True, NO_TERMS): 16,
-    ("sm_86", "float16", 64, 64, True, NO_TERMS): 8,
+    ("sm_86", "float16", 64, 64, True, NO_TERMS): 16,
     # Four words that start at 0 as well.
     ("sm_120", "float16", 64, 64, True, NO_TERMS): 72,
     ("sm_90", "float16", 128, 128, True, NO_TERMS): 16,

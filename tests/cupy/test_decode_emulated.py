@@ -246,10 +246,18 @@ FAULTS = [
     ),
     (
         EARLY,
+        2,  # rows of two rounds
+        "decode_merge.cuh",
+        "        block_barrier();  // every warp has computed the row, and read what was staged "
+        "before\n",
+        "        if (round == 0) block_barrier();\n",
+    ),
+    (
+        EARLY,
         1,
         "decode_merge.cuh",
-        "        block_barrier();\n        store_columns",
-        "store_columns",
+        "        block_barrier();\n        store_staged",
+        "        store_staged",
     ),
 ]
 

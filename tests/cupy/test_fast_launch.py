@@ -1,5 +1,7 @@
 """Calls that are prepared once and repeated: with other data, on other threads, with scratch."""
 
+import functools
+import gc
 import threading
 
 import pytest
@@ -7,10 +9,14 @@ import torch
 
 import portattn
 from portattn import masks
+from portattn.backends import registry, repeated
+from portattn.backends.cuda_launch import Patch
 from portattn.backends.cupy import fast_launch
 from portattn.backends.cupy.config import ForwardSm80Config
 from portattn.backends.cupy.params import layout, offset_of
+from portattn.errors import UnsupportedError
 from portattn.plan import plan_mask
+from portattn.plan.cache import cache
 
 CONFIG = ForwardSm80Config(64, 32, 4, 1, 1)
 # Two passes, so that there are running rows; and one that cuts rows into pieces.
@@ -67,11 +73,71 @@ def test_threads_do_not_mix_their_addresses(emulated_kernels):
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
-def test_fields_that_are_written_together_lie_together():
+def test_patches_are_at_their_fields():
     names, packing = layout()
     assert offset_of(names[0]) == 0
     assert offset_of(names[-1]) < packing.size
-    for group in (fast_launch._TENSORS, fast_launch._SCRATCH):
-        assert fast_launch._group_offset(group) == offset_of(group[0])
-    with pytest.raises(ValueError, match="in this order, together"):
-        fast_launch._group_offset(("query", "value"))
+    patches = fast_launch.field_patches(fast_launch.FIELDS, {"piece_output": 0, "piece_lse": 64})
+    assert patches[0] == Patch(0, offset_of("query"), repeated.QUERY)
+    assert patches[-1] == Patch(0, offset_of("piece_lse"), repeated.SCRATCH, 64)
+
+
+def test_a_plan_may_go_while_its_calls_are_remembered(emulated_kernels):
+    kernel, mask = emulated_kernels[0], masks.local(5, 6)
+    query = query_of(1)
+    compute = functools.partial(
+        portattn.attention, query, query, query, mask, backend=kernel, config=CONFIG
+    )
+    expected = compute()
+    cache.clear()
+    gc.collect()
+    assert torch.equal(compute(), expected)
+    assert torch.equal(compute(), expected)
+
+
+def test_other_strides_and_options_are_other_calls(emulated_kernels):
+    kernel, mask = emulated_kernels[0], masks.local(20, 3)
+    plain = query_of(2)
+    spread = torch.zeros(1, 2, 380, 48).half()[:, :, ::2, :32].copy_(plain)
+    across = plain.transpose(1, 2).contiguous().transpose(1, 2)
+    misaligned = torch.zeros(plain.numel() + 1).half()[1:].view(plain.shape).copy_(plain)
+    for _ in range(2):
+        for scale in (None, 0.5):
+            found = [
+                portattn.attention(
+                    query, plain, plain, mask, scale=scale, backend=kernel, config=CONFIG
+                )
+                for query in (plain, spread, across, misaligned)
+            ]
+            wide = plain.double()
+            expected = portattn.attention(wide, wide, wide, mask, scale=scale, backend="reference")
+            for output in found:
+                assert (output.double() - expected).abs().max() < 4e-3
+
+
+def test_aligned_tensors_keep_their_variant_after_misaligned_ones(emulated_kernels):
+    kernel = registry.kernel(emulated_kernels[0])
+    plain = query_of(4)
+    odd = torch.zeros(plain.numel() + 1).half()[1:].view(plain.shape).copy_(plain)
+    seen = []
+    for query in (odd, plain, odd, plain, plain):
+        portattn.attention(query, plain, plain, backend=kernel.name, config=CONFIG)
+        seen.append(kernel.variants[-1])
+    assert len(set(seen)) == 2
+    assert seen[1] == seen[3] == seen[4] != seen[0] == seen[2]
+
+
+def test_gradients_are_refused_after_a_repeated_call(emulated_kernels):
+    query = query_of(3)
+    compute = functools.partial(
+        portattn.attention, key=query, value=query, backend=emulated_kernels[0], config=CONFIG
+    )
+    for _ in range(3):
+        expected = compute(query)
+    needing = query.clone().requires_grad_()
+    with pytest.raises(UnsupportedError, match="requires grad"):
+        compute(needing)
+    with torch.no_grad():
+        assert torch.equal(compute(needing), expected)
+    with torch.inference_mode():
+        assert torch.equal(compute(query), expected)

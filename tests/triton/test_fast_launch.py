@@ -12,6 +12,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from portattn.backends import repeated
+from portattn.backends.base import AttentionInputs
 from portattn.backends.triton import aot, fast_launch
 from portattn.backends.triton.config import TritonForwardConfig
 from portattn.backends.triton.fast_launch import RepeatedLaunch
@@ -167,6 +169,25 @@ def test_the_interpreter_goes_through_triton(small):
     assert (len(kernel.launches), len(driver.launches)) == (3, 0)
 
 
+def test_a_call_of_direct_launches_is_repeated(small):
+    launch, kernel, driver = small
+    sources = [(repeated.OUTPUT, 0), (repeated.SCRATCH, 8)]
+    assert fast_launch.repeated_call([(launch, sources)], DEVICE) is None
+    launch(tensors())
+    call = fast_launch.repeated_call([(launch, sources)], torch.device("cpu", 0))
+    target = torch.zeros(64)
+    inputs = AttentionInputs(
+        target, target, target, target, None, None, 0, None,
+        0.25, 0.0, None, None, None, deterministic=False,
+    )  # fmt: skip
+    assert call.fits(inputs)
+    call.run(inputs)
+    expected = struct.pack("=QQ", target.data_ptr(), 8)
+    assert b"".join(driver.launches[-1][1]).startswith(expected)
+    kernel.pre_run_hooks.append(print)
+    assert not call.fits(inputs)
+
+
 @pytest.mark.parametrize("tma", [False, True])
 def test_the_forward_kernel_takes_its_parameters_as_laid_out(monkeypatch, tma):
     problem = AttentionProblem(
@@ -183,7 +204,7 @@ def test_the_forward_kernel_takes_its_parameters_as_laid_out(monkeypatch, tma):
     tensor = torch.zeros(1, 2, 64, 64, dtype=torch.float16)
     maps = []
     monkeypatch.setattr(
-        fast_launch, "_tensor_map", lambda descriptor, form: maps.append(form) or object()
+        fast_launch, "_map_bytes", lambda descriptor, form: maps.append(form) or bytes(128)
     )
     arguments = []
     for kind in signature.values():
@@ -195,5 +216,6 @@ def test_the_forward_kernel_takes_its_parameters_as_laid_out(monkeypatch, tma):
     moving = {0: None} | ({3: lambda tensor: None, 4: lambda tensor: None} if tma else {})
     fake_driver.install(monkeypatch, [])
     direct = fast_launch._direct(made, 1, arguments, moving, 0)
-    assert list(direct._launch.sizes) == parameter_sizes(made)
+    assert [len(argument) for argument in direct.launch.arguments] == parameter_sizes(made)
     assert len(maps) == 2 * tma
+    assert [patch.is_map for patch in direct.launch.patches] == [False] + [True, True] * tma

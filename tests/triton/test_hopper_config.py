@@ -52,13 +52,17 @@ def test_defaults_are_feasible(name):
 
 def test_defaults_follow_the_problem():
     dense = configs.default_for(problem(seqlen_q=16384, seqlen_k=16384))
-    assert (dense.block_k, dense.ping_pong, dense.persistent) == (128, False, False)
+    assert (dense.block_k, dense.num_stages) == (128, 2)
     causal = configs.default_for(problem(program=program("causal")))
-    assert (causal.block_k, causal.ping_pong) == (128, True)
+    assert causal.block_k == 128
     assert configs.default_for(problem(program=program("window"))).block_k == 128
     assert configs.default_for(problem(program=program("longformer"))).block_k == 64
     tall = configs.default_for(problem(head_dim=64, head_dim_v=64))
     assert tall.block_q == (192 if triton.__version__.startswith("3.6.") else 128)
+    short = problem(
+        head_dim=64, head_dim_v=64, seqlen_q=1024, seqlen_k=1024, program=program("causal")
+    )
+    assert configs.default_for(short).block_q == 128
     # As many heads at a time as the L2 cache holds: two of 16384 keys, with their query heads.
     assert dense.head_group == 2 * DENSE.group_size
 
@@ -73,7 +77,10 @@ def test_defaults_follow_the_problem():
         ({"block_q": 192}, "registers is 232; it must be one of (160,)"),
         ({"head_group": 0}, "head_group is 0; it must be at least 1"),
         ({"min_piece": 0}, "min_piece is 0; it must be at least 1"),
-        ({"num_stages": 4}, "bytes of shared memory; sm_90 has 232448"),
+        (
+            {"block_q": 192, "registers": 160, "num_stages": 3},
+            "bytes of shared memory; sm_90 has 232448",
+        ),
         ({"block_q": 192, "registers": 160}, "holds 160 registers a thread"),
     ],
 )

@@ -66,6 +66,7 @@ class Recorder:
     """Stands for RepeatedLaunch: keeps what it was made of and called with."""
 
     made: "list[Recorder]"
+    direct = None
 
     def __init__(self, kernel, grid, arguments, moving, options, device):
         self.kernel, self.grid, self.options = kernel, grid, options
@@ -104,11 +105,13 @@ def recorded(monkeypatch):
 
 
 def test_arguments_of_a_dense_call(recorded):
-    (launch,), _, schedule = recorded(PROBLEM, persistent=False, block_q=192, registers=160)
+    (launch,), _, schedule = recorded(PROBLEM, block_q=192, registers=160)
     arguments = launch.arguments
     assert launch.grid == int(schedule.items_per_pass[0]) * 4
     assert launch.options["maxnreg"] == 128  # three consumers
-    assert set(launch.moving) == {"q_desc", "k_desc", "v_desc", "out_desc", "lse_ptr"}
+    assert set(launch.moving) == {
+        "q_desc", "k_desc", "v_desc", "out_desc", "lse_ptr", "counters_ptr"
+    }  # fmt: skip
     assert (arguments["seqlen_k"], arguments["group_size"], arguments["num_bh"]) == (300, 2, 4)
     assert (arguments["STEPPED"], arguments["PIECES"], arguments["SCALED"]) == (False,) * 3
     assert launch.moving["q_desc"](launch.tensors["q_desc"]).block_shape == [1, 1, 1, 64, 64]
@@ -117,11 +120,11 @@ def test_arguments_of_a_dense_call(recorded):
         assert name in NAMES
 
 
-def test_persistent_programs_fill_the_device(recorded):
+def test_programs_fill_the_device(recorded):
     problem = dataclasses.replace(PROBLEM, seqlen_q=16384, num_heads=16)
-    (launch,), _, schedule = recorded(problem, persistent=True)
+    (launch,), _, schedule = recorded(problem)
     assert launch.grid == 132 < int(schedule.items_per_pass[0]) * 16
-    (launch,), _, schedule = recorded(dataclasses.replace(PROBLEM, seqlen_q=64), persistent=True)
+    (launch,), _, schedule = recorded(dataclasses.replace(PROBLEM, seqlen_q=64))
     assert launch.grid == int(schedule.items_per_pass[0]) * 4
 
 

@@ -27,8 +27,6 @@ void pa_plan::seal() {
     view.runs = runs.data();
     view.bits = bits.data();
     view.bit_ranges = bit_ranges.data();
-    view.q_ids = q_ids.data();
-    view.k_ids = k_ids.empty() ? q_ids.data() : k_ids.data();  // see pa_plan
 }
 
 namespace {
@@ -69,7 +67,12 @@ pa_plan* portattn_plan_create(const pa_plan_args* args, char* err, int64_t err_l
 
 void portattn_plan_destroy(pa_plan* plan) { delete plan; }
 
-const pa_plan_view* portattn_plan_view(const pa_plan* plan) { return &plan->view; }
+const pa_plan_view* portattn_plan_view(const pa_plan* plan) {
+    plan->make_ids();
+    return &plan->view;
+}
+
+const pa_plan_view* portattn_plan_view_without_ids(const pa_plan* plan) { return &plan->view; }
 
 const uint16_t* portattn_plan_bits_by_key(const pa_plan* plan) {
     std::call_once(plan->by_key_once, [plan] {

@@ -130,6 +130,14 @@ class Program {
 
 Expr negate(const Expr& node);
 
+// The first Segments of an expression, or null.
+inline std::shared_ptr<const Segments> find_segments(const Expr& node) {
+    if (node.op == Op::kSegments) return node.segments;
+    for (const Expr& child : node.children)
+        if (auto found = find_segments(child)) return found;
+    return nullptr;
+}
+
 // segments.cpp
 std::shared_ptr<const Segments> make_segments(const int32_t* q_ids, const int32_t* k_ids, i64 q_offset,
                                               i64 seqlen_q, i64 seqlen_k);
@@ -147,6 +155,6 @@ inline size_t find_run(const std::vector<Segments::Run>& runs, i64 position) {
 }
 // Adds the ids and layout_ids of a plan whose tiles are there; `layouts` has each layout's Segments or null.
 // Ids are only read by id tiles: without those, no layout has any.
-void add_ids(pa_plan& plan, const std::vector<const Segments*>& layouts, const Sizes& sizes);
+void add_ids(pa_plan& plan, const std::vector<std::shared_ptr<const Segments>>& layouts);
 
 }  // namespace portattn

@@ -91,10 +91,20 @@ void table_spans(const Expr& node, const QueryTile& rows, const KeyClass& keys, 
 
 void segment_spans(const Expr& node, const QueryTile& rows, const KeyClass& keys, Span clip) {
     const Segments& s = *node.segments;
-    thread_local std::vector<int32_t> ids;
-    ids.clear();
     bool unmatched = false;
     size_t run = find_run(s.q_runs, rows.first);
+    if (rows.last() < s.q_runs[run].end) {
+        if (s.q_runs[run].id < 0) return;
+        const auto id = static_cast<size_t>(s.q_runs[run].id);
+        for (int32_t n = s.id_ptr[id]; n < s.id_ptr[id + 1]; ++n) {
+            const Segments::Run& found = s.k_runs[static_cast<size_t>(s.id_runs[static_cast<size_t>(n)])];
+            push(node.outer, keys, clip, found.begin, found.end);
+        }
+        node.inner = node.outer;
+        return;
+    }
+    thread_local std::vector<int32_t> ids;
+    ids.clear();
     for (i64 at = rows.first; at <= rows.last();) {
         while (s.q_runs[run].end <= at) ++run;
         const int32_t id = s.q_runs[run].id;

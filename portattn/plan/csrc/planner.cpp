@@ -3,26 +3,20 @@
 #include "planner.hpp"
 
 #include <algorithm>
-#include <cstring>
+#include <array>
 #include <map>
 #include <memory>
 #include <unordered_map>
 
 #include "bit_store.hpp"
 #include "parts.hpp"
+#include "row_repeat.hpp"
 
 namespace portattn {
 
 namespace {
 
 constexpr i64 kDefaultBitsBytes = i64{256} << 20;
-
-const Segments* find_segments(const Expr& node) {
-    if (node.op == Op::kSegments) return node.segments.get();
-    for (const Expr& child : node.children)
-        if (const Segments* found = find_segments(child)) return found;
-    return nullptr;
-}
 
 int logarithm(i64 n) {
     int shift = 0;
@@ -42,13 +36,15 @@ class LayoutPlanner {
           id_(id),
           sizing_{sizes.seqlen_k, plan.view.block_q, plan.view.block_k},
           block_k_(plan.view.block_k),
-          block_shift_(logarithm(plan.view.block_k)) {
+          block_shift_(logarithm(plan.view.block_k)),
+          repeat_(plan, id, groups_) {
         classes_.resize(groups_.size());
         last_.resize(groups_.size());
     }
 
     void plan_pass(i64 row_step) {
         const i64 block_q = plan_.view.block_q;
+        repeat_.begin();
         for (i64 residue = 0; residue < std::min(row_step, sizes_.seqlen_q); ++residue)
             for (i64 start = residue; start < sizes_.seqlen_q; start += row_step * block_q)
                 plan_row(row_step, start, std::min(block_q, ceil_div(sizes_.seqlen_q - start, row_step)));
@@ -63,10 +59,15 @@ class LayoutPlanner {
         std::vector<i64> signature;
         Bits bits{};
     };
+    struct LastFew {
+        std::array<Last, 4> entries;
+        size_t next = 0;
+    };
     using Classes = std::unordered_map<std::vector<i64>, Bits, VectorHash>;
 
     void plan_row(i64 row_step, i64 start, i64 count) {
         const QueryTile rows{sizes_.q_offset + start, row_step, count};
+        if (repeat_.repeat(rows, start)) return;
         const auto tile_begin = plan_.tiles.size() / kTileFields, run_begin = plan_.runs.size() / kRunFields;
         for (size_t g = 0; g < groups_.size(); ++g) {
             const Group& group = groups_[g];
@@ -157,9 +158,11 @@ class LayoutPlanner {
         signature_.push_back(keys.count);
         signature_.push_back(static_cast<i64>(relation));
         append_signature(mask, rows, keys, sizing_, id_, signature_);
-        // Mostly the class of the tile before, which is found without a look-up.
-        Last& last = last_[g];
-        if (equal(signature_, last.signature)) return last.bits;
+        // Mostly one of the last few classes, which are found without a look-up.
+        LastFew& few = last_[g];
+        for (const Last& last : few.entries)
+            if (equal(signature_, last.signature)) return last.bits;
+        Last& last = few.entries[few.next++ % few.entries.size()];
         last.signature = signature_;
         auto found = classes_[g].find(signature_);
         if (found == classes_[g].end())
@@ -210,8 +213,9 @@ class LayoutPlanner {
     const Sizing sizing_;
     const i64 block_k_;
     const int block_shift_;  // its logarithm, -1 where it has none
+    RowRepeat repeat_;
     std::vector<Classes> classes_;
-    std::vector<Last> last_;
+    std::vector<LastFew> last_;
     std::vector<i64> signature_;
     BitMatrix matrix_;
     i64 full_first_ = 0, full_end_ = 0;
@@ -220,7 +224,7 @@ class LayoutPlanner {
 struct Layout {
     Expr mask;
     std::vector<Group> groups;
-    const Segments* id = nullptr;
+    std::shared_ptr<const Segments> id;
 };
 
 std::vector<Layout> resolve_layouts(pa_plan& plan, const Program& program, const Sizes& sizes) {
@@ -276,7 +280,8 @@ pa_plan* make_plan(const pa_plan_args& args) {
     BitStore bits(*plan, args.max_bits_bytes > 0 ? args.max_bits_bytes : kDefaultBitsBytes);
     std::vector<std::unique_ptr<LayoutPlanner>> planners;
     for (const Layout& layout : layouts)
-        planners.push_back(std::make_unique<LayoutPlanner>(*plan, bits, sizes, layout.groups, layout.id));
+        planners.push_back(
+            std::make_unique<LayoutPlanner>(*plan, bits, sizes, layout.groups, layout.id.get()));
     plan->row_ptr.push_back(0);
     for (i64 step : steps) {
         plan->pass_steps.push_back(static_cast<int32_t>(step));
@@ -285,9 +290,9 @@ pa_plan* make_plan(const pa_plan_args& args) {
             plan->row_ptr.push_back(static_cast<int32_t>(plan->rows.size() / kRowFields));
         }
     }
-    std::vector<const Segments*> segments;
+    std::vector<std::shared_ptr<const Segments>> segments;
     for (const Layout& layout : layouts) segments.push_back(layout.id);
-    add_ids(*plan, segments, sizes);
+    add_ids(*plan, segments);
     plan->seal();
     return plan.release();
 }

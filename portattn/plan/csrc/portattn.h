@@ -88,6 +88,8 @@ typedef struct pa_schedule pa_schedule;
 PA_EXPORT pa_plan* portattn_plan_create(const pa_plan_args* args, char* err, int64_t err_len);
 PA_EXPORT void portattn_plan_destroy(pa_plan* plan);
 PA_EXPORT const pa_plan_view* portattn_plan_view(const pa_plan* plan);
+// The same, with q_ids and k_ids NULL before the first portattn_plan_view, which makes them.
+PA_EXPORT const pa_plan_view* portattn_plan_view_without_ids(const pa_plan* plan);
 // The plan's bits with the query rows in the bits: uint16 [num_bit_tiles, ceil(block_q / 16), block_k].
 // Made on first use, thread-safe, lives as long as the plan.
 PA_EXPORT const uint16_t* portattn_plan_bits_by_key(const pa_plan* plan);
@@ -123,6 +125,13 @@ PA_EXPORT pa_schedule* portattn_schedule_create(const pa_plan* plan, const pa_sc
                                                 int64_t err_len);
 PA_EXPORT void portattn_schedule_destroy(pa_schedule* schedule);
 PA_EXPORT const pa_schedule_view* portattn_schedule_view(const pa_schedule* schedule);
+
+// The arrays of a plan and of a schedule (either may be NULL) one behind the other, each at a multiple of 128
+// bytes: those of pa_plan_view from layouts to k_ids, then items, item_ptr, items_per_pass and full_list. Ids
+// that rows and keys share lie there once. starts gets where each begins, in bytes (11 + 4 entries); target
+// NULL: nothing is copied. Returns the bytes in all.
+PA_EXPORT int64_t portattn_pack(const pa_plan* plan, const pa_schedule* schedule, uint8_t* target,
+                                int64_t* starts);
 
 PA_EXPORT uint32_t portattn_abi_version(void);
 

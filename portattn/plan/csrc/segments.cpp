@@ -110,10 +110,8 @@ std::shared_ptr<const Segments> intersect_segments(const Segments& x, const Segm
 
 namespace {
 
-void append_ids(std::vector<int32_t>& ids, const std::vector<Segments::Run>& runs, i64 seqlen) {
-    ids.reserve(ids.size() + static_cast<size_t>(seqlen));
-    for (const Segments::Run& run : runs)
-        ids.insert(ids.end(), static_cast<size_t>(run.end - run.begin), run.id);
+void write_runs(int32_t*& to, const std::vector<Segments::Run>& runs) {
+    for (const Segments::Run& run : runs) to = std::fill_n(to, run.end - run.begin, run.id);
 }
 
 // Whether rows and keys have the same ids at the same places.
@@ -133,28 +131,40 @@ bool has_id_tiles(const pa_plan& plan) {
 
 }  // namespace
 
-void add_ids(pa_plan& plan, const std::vector<const Segments*>& layouts, const Sizes& sizes) {
+void add_ids(pa_plan& plan, const std::vector<std::shared_ptr<const Segments>>& layouts) {
     if (!has_id_tiles(plan)) {
         plan.layout_ids.assign(layouts.size(), -1);
         return;
     }
-    std::vector<const Segments*> rows;
-    for (const Segments* layout : layouts) {
+    for (const auto& layout : layouts) {
         if (!layout) {
             plan.layout_ids.push_back(-1);
             continue;
         }
-        auto at = std::find(rows.begin(), rows.end(), layout);
-        if (at == rows.end()) {
-            append_ids(plan.q_ids, layout->q_runs, sizes.seqlen_q);
-            rows.push_back(layout);
-            at = rows.end() - 1;
-        }
-        plan.layout_ids.push_back(static_cast<int32_t>(at - rows.begin()));
+        auto at = std::find(plan.id_rows.begin(), plan.id_rows.end(), layout);
+        if (at == plan.id_rows.end()) at = plan.id_rows.insert(at, layout);
+        plan.layout_ids.push_back(static_cast<int32_t>(at - plan.id_rows.begin()));
     }
-    plan.view.num_id_rows = static_cast<int32_t>(rows.size());
-    if (!std::all_of(rows.begin(), rows.end(), [](const Segments* s) { return is_symmetric(*s); }))
-        for (const Segments* s : rows) append_ids(plan.k_ids, s->k_runs, sizes.seqlen_k);
+    plan.view.num_id_rows = static_cast<int32_t>(plan.id_rows.size());
+    plan.has_same_ids = std::all_of(plan.id_rows.begin(), plan.id_rows.end(),
+                                    [](const auto& row) { return is_symmetric(*row); });
 }
 
 }  // namespace portattn
+
+void pa_plan::write_ids(int32_t* q_ids, int32_t* k_ids) const {
+    for (const auto& row : id_rows) {
+        if (q_ids) portattn::write_runs(q_ids, row->q_runs);
+        if (k_ids && !has_same_ids) portattn::write_runs(k_ids, row->k_runs);
+    }
+}
+
+void pa_plan::make_ids() const {
+    std::call_once(ids_once, [this] {
+        const auto rows = static_cast<int64_t>(id_rows.size()), q_count = rows * view.seqlen_q;
+        ids.resize(static_cast<size_t>(q_count + (has_same_ids ? 0 : rows * view.seqlen_k)));
+        view.q_ids = ids.data();
+        view.k_ids = has_same_ids ? ids.data() : ids.data() + q_count;
+        write_ids(ids.data(), ids.data() + q_count);
+    });
+}

@@ -2,6 +2,7 @@ target_sources(portattn PRIVATE
     portattn/plan/csrc/abi.cpp
     portattn/plan/csrc/expr.cpp
     portattn/plan/csrc/leaves.cpp
+    portattn/plan/csrc/pack.cpp
     portattn/plan/csrc/parts.cpp
     portattn/plan/csrc/planner.cpp
     portattn/plan/csrc/program_checks.cpp

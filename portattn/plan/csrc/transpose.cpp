@@ -99,8 +99,8 @@ class Transposer {
         to_->bit_ranges = plan.bit_ranges;
         to_->layouts = plan.layouts;
         to_->layout_ids = plan.layout_ids;
-        to_->q_ids = plan.q_ids;
-        to_->k_ids = plan.k_ids;
+        to_->id_rows = plan.id_rows;
+        to_->has_same_ids = plan.has_same_ids;
     }
 
     pa_plan* run() {

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from portattn import masks
-from portattn.backends import repeated
+from portattn.backends import stream_memory
 from portattn.backends.triton import decode, decode_launch
 from portattn.backends.triton.limits import limits_of
 from portattn.conformance import CASES
@@ -71,7 +71,7 @@ def test_pieces(pieces, min_piece):
 def test_cut_sequences_give_the_same_bits_again():
     call = Call(masks.causal(), lengths=(90, 3, 100), pieces=30)
     first = check(call)
-    assert all(not counters.any() for counters in repeated._counters.values())
+    assert all(not counters.any() for counters in stream_memory._counters.kept.values())
     second = call.run()
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])

@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
 from portattn import masks
-from portattn.backends import repeated
+from portattn.backends import stream_memory
 from tests.strategies import mask_expressions
 from tests.triton.interpreter.calls import Call, check
 
@@ -80,7 +80,7 @@ def test_cut_rows(mask):
     assert call.schedule().num_slots > 0
     first = check(call)
     # The counters are back at zero, and the result is the same to the bit.
-    assert all(not counters.any() for counters in repeated._counters.values())
+    assert all(not counters.any() for counters in stream_memory._counters.kept.values())
     second = call.run()
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])

@@ -1,0 +1,3 @@
+target_sources(portattn PRIVATE
+    portattn/backends/csrc/launch.cpp
+)
