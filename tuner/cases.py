@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from portattn.errors import MaskError, TuningError
 from portattn.problem import AttentionProblem
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from portattn.masks import Mask
 
@@ -31,6 +32,14 @@ _SIZE_FIELDS = {
     "dv": ("head_dim_v",),
 }
 
+
+def _local_strided(stride: int) -> Mask:
+    """Causal: the last `stride` keys, and every stride-th key."""
+    return masks.Band(1 - stride, 0) | (
+        masks.Band(None, 0) & masks.KeyModulo(stride, stride - 1, stride)
+    )
+
+
 # Masks by name; their arguments are integers, as in "sliding_window:256" or "longformer:512:64".
 _MASKS: dict[str, Callable[..., Mask]] = {
     "causal": masks.causal,
@@ -38,6 +47,8 @@ _MASKS: dict[str, Callable[..., Mask]] = {
     "sliding_window": masks.sliding_window,
     "longformer": masks.longformer,
     "bigbird": masks.bigbird,
+    "local_strided": _local_strided,
+    "random_blocks": lambda block, count: masks.RandomBlocks(block, count, 0),
     "sparse_transformer_strided": masks.sparse_transformer_strided,
     "sparse_transformer_fixed": masks.sparse_transformer_fixed,
     "dilated": masks.dilated,
@@ -75,6 +86,30 @@ class Case:
 
     problem: AttentionProblem
     mask: Mask | None
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values, for another process; `from_json` turns them back."""
+        return _to_json(self)
+
+
+@functools.lru_cache(maxsize=16)
+def _to_json(case: Case) -> dict[str, Any]:
+    problem = dataclasses.asdict(case.problem)
+    problem |= {"program": list(case.problem.program), "features": sorted(case.problem.features)}
+    mask = None if case.mask is None else json.loads(case.mask.to_json())
+    return {"problem": problem, "mask": mask}
+
+
+def from_json(values: Mapping[str, Any]) -> Case:
+    """A case from `Case.to_json`."""
+    fields = values["problem"]
+    fields = {
+        **fields,
+        "program": tuple(fields["program"]),
+        "features": frozenset(fields["features"]),
+    }
+    mask = None if values["mask"] is None else masks.from_json(json.dumps(values["mask"]))
+    return Case(AttentionProblem(**fields), mask)
 
 
 def from_problem(problem: AttentionProblem) -> Case:
@@ -226,6 +261,11 @@ def _entry(entry: object, device: str) -> Case:
         raise TuningError(
             f"problems file: the mask of {entry['problem']!r} cannot be read ({error})"
         ) from error
+    return with_mask(case, mask)
+
+
+def with_mask(case: Case, mask: Mask) -> Case:
+    """The case with one more mask, which both must keep."""
     mask = mask if case.mask is None else case.mask & mask
     return Case(dataclasses.replace(case.problem, program=mask.program), mask)
 

@@ -3,33 +3,60 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
-
-import torch
 
 from portattn.errors import ConfigError, TuningError
 from portattn.tuner import measure
+from portattn.tuner.executor import Attempt
 from portattn.tuner.search import Search
 from portattn.tuner.space import enumerate_space
-from portattn.tuner.verify import Verdict, Verifier
-from portattn.tuning_db import lookup
-from portattn.tuning_db.identity import source_of_files, space_sha256, toolchain_class
+from portattn.tuner.verify import Verdict
+from portattn.tuning_db import quarantine
+from portattn.tuning_db.identity import (
+    source_of_files,
+    space_sha256,
+    toolchain_class,
+)
 from portattn.tuning_db.records import Measurement
 
 if TYPE_CHECKING:
     from portattn.backends.base import Config, Kernel
     from portattn.device import DeviceKey
-    from portattn.problem import AttentionProblem
+    from portattn.tuner.cases import Case
+    from portattn.tuner.executor import Executor
+    from portattn.tuner.pool import Compilation, CompilePool
+    from portattn.tuner.portfolio import Portfolio
+    from portattn.tuner.search import Proposal
     from portattn.tuning_db.key import ProblemKey
     from portattn.tuning_db.store import Store
 
 FINALISTS = 4
 # Slower than this times the best while searching cannot win the finals.
 _FINAL_RATIO = 1.25
+# Compiled configs that wait to be measured: with more, the search would ask without knowing.
+_MOST_READY = 4
+_POLL_SECONDS = 0.05
+# Whatever else a config with such a verdict is, it is not worth another try on this device.
+_QUARANTINED = frozenset(
+    {"compile_timeout", "run_timeout", "crash", "launch_error", "wrong_result", "nan", "oob"}
+)
 
 Told = Callable[["Contender"], None]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Pending:
+    """Asked for, not judged yet; without a pool there is no compilation."""
+
+    proposal: Proposal
+    compilation: Compilation | None
+
+    @property
+    def is_ready(self) -> bool:
+        return self.compilation is None or self.compilation.ready.is_set()
 
 
 class Contender:
@@ -37,10 +64,12 @@ class Contender:
 
     Args:
         kernel: supports the problem.
-        problem: what is computed.
+        case: what is computed.
         device: where.
         key: the problem's bucket.
-        store: asked for the incumbent.
+        store: asked for the incumbent and for configs in quarantine.
+        portfolio: configs to try early.
+        policy: how times are taken.
         seed: of the search.
 
     Attributes:
@@ -48,37 +77,44 @@ class Contender:
         measurements: all that was tried, in order.
         times_ns: median while searching, of each config that passed.
         verdicts: of each config tried.
+        incumbent: the stored best config, if it is still feasible.
+        known: configs that are tried right after the default.
+        duplicates: configs left out because they do the same as another on the device.
     """
 
     def __init__(
         self,
         kernel: Kernel,
-        problem: AttentionProblem,
+        case: Case,
         device: DeviceKey,
         key: ProblemKey,
         store: Store,
+        portfolio: Portfolio,
+        *,
+        policy: str,
         seed: int,
     ) -> None:
-        self.kernel = kernel
-        self.space = enumerate_space(kernel, problem)
+        self.kernel, self._case = kernel, case
         self.toolchain_class = toolchain_class(kernel.backend)
         self.source_sha256 = source_of_files(tuple(str(file) for file in kernel.source_files()))
-        self.space_sha256 = space_sha256(self.space.values)
+        space = enumerate_space(kernel, case.problem)
+        self.space_sha256 = space_sha256(space.values)
+        self.space = space.without(
+            quarantine.params_in(store, kernel.name, self.source_sha256, device.family)
+        )
         self.measurements: list[Measurement] = []
         self.times_ns: dict[Config, int] = {}
         self.verdicts: dict[Config, Verdict] = {}
-        stored = store.incumbent(device, key, kernel.name, self.toolchain_class, measure.POLICY)
+        self.duplicates = 0
+        stored = store.incumbent(device, key, kernel.name, self.toolchain_class, policy)
         self.incumbent_rev = stored.rev if stored is not None else 0
         self.incumbent = self._feasible(stored.params) if stored is not None else None
-        elsewhere = lookup.find(kernel.name, problem, device)
-        known = [
-            self.incumbent,
-            self._feasible(elsewhere.params) if elsewhere is not None else None,
-        ]
-        self._search = Search(
-            self.space.configs, [config for config in known if config is not None], seed
-        )
-        self._problem = problem
+        near = [self._feasible(params) for params in portfolio.near(kernel.name, key)]
+        self.known = [config for config in (self.incumbent, *near) if config is not None]
+        self._search = Search(self.space.configs, self.known, seed)
+        self._pending: list[_Pending] = []
+        self._asked = 0
+        self._codes: dict[str, Config] = {}
 
     @property
     def default(self) -> Config:
@@ -90,52 +126,124 @@ class Contender:
         """Whether the default ran and was right."""
         return self.default in self.times_ns
 
+    def failed(self) -> list[Measurement]:
+        """Configs tried here that must not be tried again, on any problem."""
+        return [one for one in self.measurements if one.status in _QUARANTINED]
+
     def _feasible(self, params: dict[str, int | bool | str]) -> Config | None:
         with contextlib.suppress(ConfigError):
             config = self.kernel.config_from_dict(params)
             return config if config in self.space.configs else None
         return None  # a config of an older form of the kernel
 
-    def run_of(self, verifier: Verifier, config: Config) -> measure.Run:
-        """A call of this kernel with a config, for timing."""
-        kernel, inputs = self.kernel, verifier.inputs
-        return lambda: kernel.run(inputs, config)
+    def prefetch(self, pool: CompilePool, priority: int, count: int) -> None:
+        """Have the first configs compiled while others are measured."""
+        while len(self._pending) < count and not self._search.exhausted:
+            self._propose(pool, priority)
 
     def search(
-        self, verifier: Verifier, timer: measure.Timer, deadline: float, told: Told
+        self,
+        executor: Executor,
+        deadline: float,
+        told: Told,
+        *,
+        pool: CompilePool | None = None,
+        priority: int = 0,
+        most: int | None = None,
     ) -> None:
-        """Try configs until the deadline (on `time.monotonic`) or until none is left.
+        """Try configs until the deadline, until none is left, or until `most` were tried.
 
         The default is always tried.
+
+        Args:
+            executor: at this contender's case.
+            deadline: on `time.monotonic`.
+            told: called after each.
+            pool: compiles configs ahead; without, running one compiles it.
+            priority: of this problem in the pool.
+            most: bound on configs; None for no bound.
         """
-        while not self._search.exhausted:
+        while True:
+            self._fill(pool, priority, most)
+            pending = self._next(pool, deadline)
+            if pending is None:
+                break
             started = time.monotonic()
-            config = self._search.ask()
-            self._try(config, verifier, timer)
-            self._search.tell(self.times_ns.get(config))
+            self._judge(pending, executor)
             told(self)
             now = time.monotonic()
             if not self.works or 2 * now - started > deadline:  # the next takes about as long
                 break
+        for left in self._pending:
+            if left.compilation is not None:
+                left.compilation.cancelled = True
+        self._pending.clear()
 
-    def _try(self, config: Config, verifier: Verifier, timer: measure.Timer) -> None:
+    def _propose(self, pool: CompilePool | None, priority: int) -> None:
+        proposal = self._search.ask()
+        self._asked += 1
+        compilation = None
+        if pool is not None:
+            compilation = pool.submit(self._case, self.kernel, proposal.config, priority)
+        self._pending.append(_Pending(proposal, compilation))
+
+    def _fill(self, pool: CompilePool | None, priority: int, most: int | None) -> None:
+        """Keep every compiler busy, but ask no further ahead than that takes."""
+        while not self._search.exhausted and (most is None or self._asked < most):
+            ready = sum(one.is_ready for one in self._pending)
+            running = len(self._pending) - ready
+            if pool is None:
+                if self._pending:
+                    break
+            elif ready >= _MOST_READY or running >= pool.count + 1:
+                break
+            self._propose(pool, priority)
+
+    def _next(self, pool: CompilePool | None, deadline: float) -> _Pending | None:
+        """The first config that can be measured; None if there is none in time."""
+        while self._pending:
+            # Nothing is measured before the default: all else is compared with it.
+            among = self._pending if self.verdicts else self._pending[:1]
+            for index, one in enumerate(among):
+                if one.is_ready:
+                    return self._pending.pop(index)
+            assert pool is not None
+            if pool.problem:
+                raise TuningError(
+                    f"no process that compiles can be started: {pool.problem}. Is `python -m "
+                    "portattn.tuner.worker` fine?"
+                )
+            if self.verdicts and time.monotonic() > deadline:
+                return None
+            with pool.finished:
+                pool.finished.wait(_POLL_SECONDS)
+        return None
+
+    def _judge(self, pending: _Pending, executor: Executor) -> None:
         """Verify one config and, if it is right, time it."""
-        verdict = verifier.check(self.kernel, config)
-        timing = None
-        if verdict.status == "ok":
+        config, compiled = pending.proposal.config, pending.compilation
+        if compiled is not None and compiled.status == "ok":
+            same = self._codes.setdefault(compiled.code, config)
+            if same != config:
+                self.duplicates += 1
+                self._search.tell(pending.proposal, self.times_ns.get(same))
+                return
+        if compiled is not None and compiled.status != "ok":
+            attempt = Attempt(Verdict(compiled.status, compiled.reason))
+        else:
             best = min(self.times_ns.values(), default=None)
-            try:
-                timing = measure.summarise(
-                    measure.screen(timer, self.run_of(verifier, config), best_ns=best)
-                )
-            except Exception as error:  # as in Verifier.check: it ends the candidate only
-                verdict = Verdict(
-                    "launch_error", f"while timed: {type(error).__name__}: {str(error)[:1500]}"
-                )
+            attempt = executor.attempt(self.kernel, config, best)
+        self._note(config, attempt, compiled)
+        self._search.tell(pending.proposal, self.times_ns.get(config))
+
+    def _note(self, config: Config, attempt: Attempt, compiled: Compilation | None) -> None:
+        verdict = attempt.verdict
+        timing = measure.summarise(attempt.samples) if attempt.samples else None
+        compile_ns = compiled.compile_ns if compiled is not None else None
         if timing is not None:
             self.times_ns[config] = timing.median_ns
-        else:
-            _check_device(verifier, config)
+            if compile_ns is None:
+                compile_ns = max(verdict.first_run_ns - timing.median_ns, 0)
         self.verdicts[config] = verdict
         self.measurements.append(
             Measurement(
@@ -145,9 +253,7 @@ class Contender:
                 timing=timing,
                 max_abs_err=verdict.max_abs_err,
                 max_rel_err=verdict.max_rel_err,
-                compile_ns=max(verdict.first_run_ns - timing.median_ns, 0)
-                if timing is not None
-                else None,
+                compile_ns=compile_ns if timing is not None else None,
                 error=verdict.reason,
             )
         )
@@ -171,37 +277,3 @@ class Contender:
             if config != self.default and (len(chosen) == 1 or needed <= left_ns):
                 chosen.append(config)
         return chosen
-
-    def winner(self, finalists: Sequence[Config], samples: Sequence[Sequence[int]]) -> int:
-        """Which finalist wins: the fastest by paired samples, if it clearly beats the default.
-
-        Within half a percent of the fastest the incumbent stays, so that tuning again changes
-        nothing without need.
-        """
-        medians = [measure.summarise(one).median_ns for one in samples]
-        faster = [
-            index
-            for index in range(1, len(finalists))
-            if measure.is_faster(samples[index], samples[0])
-        ]
-        if not faster:
-            return 0
-        best = min(faster, key=lambda index: medians[index])
-        close = [index for index in faster if medians[index] <= 1.005 * medians[best]]
-        return next((index for index in close if finalists[index] == self.incumbent), best)
-
-
-def _check_device(verifier: Verifier, config: Config) -> None:
-    """Stop if a candidate left the device unusable: every later verdict would be wrong."""
-    if not verifier.inputs.query.is_cuda:
-        return
-    try:
-        torch.cuda.synchronize(verifier.inputs.query.device)
-        torch.ones(1, device=verifier.inputs.query.device).add_(1)
-        torch.cuda.synchronize(verifier.inputs.query.device)
-    except RuntimeError as error:
-        raise TuningError(
-            f"the device is unusable after config {config}: {str(error)[:300]}. What was finished "
-            "before this problem is "
-            "stored; start `portattn tune` again"
-        ) from error

@@ -6,38 +6,41 @@ import time
 from typing import TYPE_CHECKING
 
 from portattn.tuner import measure
+from portattn.tuner.executor import Entry
 from portattn.tuner.report import KernelReport
-from portattn.tuner.verify import RULE, SEEDS, Verifier
+from portattn.tuner.verify import RULE, SEEDS
+from portattn.tuning_db.identity import canonical_json
 from portattn.tuning_db.records import KernelResult, Measurement
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from portattn.backends.base import Config
     from portattn.tuner.contender import Contender
+    from portattn.tuner.executor import Executor
+
+_CLOSE = 1.005  # times the fastest: as fast as it, as far as one can tell
 
 
 def finals(
-    contenders: Sequence[Contender], verifier: Verifier, timer: measure.Timer, deadline: float
+    contenders: Sequence[Contender], executor: Executor, deadline: float
 ) -> list[tuple[list[Measurement], int]]:
     """Time every kernel's finalists in the same rounds: kernels compare as well as configs do.
 
     Returns:
         For each contender its finalists' measurements, the default first, and which of them wins.
     """
-    left_ns = int(1e9 * max(deadline - time.monotonic(), 0)) // max(len(contenders), 1)
+    left = max(deadline - time.monotonic(), 0)
+    left_ns = int(1e9 * left) // max(len(contenders), 1)
     finalists = [contender.finalists(left_ns) for contender in contenders]
-    pairs = [
-        (contender, config)
+    entries = [
+        Entry(contender.kernel, config, contender.times_ns[config])
         for contender, configs in zip(contenders, finalists, strict=True)
         for config in configs
     ]
-    samples = measure.interleave(
-        timer,
-        [contender.run_of(verifier, config) for contender, config in pairs],
-        [contender.times_ns[config] for contender, config in pairs],
-        deadline=deadline,
-        min_rounds=1 if len(pairs) < 2 else measure.MIN_ROUNDS,  # one alone has nobody to beat
-    )
+    # One alone has nobody to beat.
+    min_rounds = 1 if len(entries) < 2 else measure.MIN_ROUNDS
+    samples = executor.rounds(entries, left, min_rounds=min_rounds)
     results: list[tuple[list[Measurement], int]] = []
     begin = 0
     for contender, configs in zip(contenders, finalists, strict=True):
@@ -56,8 +59,35 @@ def finals(
             )
             for config, timing in zip(configs, timings, strict=True)
         ]
-        results.append((measured, contender.winner(configs, mine) if configs else 0))
+        results.append((measured, winner(contender, configs, mine) if configs else 0))
     return results
+
+
+def winner(
+    contender: Contender, finalists: Sequence[Config], samples: Sequence[Sequence[int]]
+) -> int:
+    """Which finalist wins: the fastest by paired samples, if it clearly beats the default.
+
+    Within half a percent of the fastest the incumbent stays, so that tuning again changes nothing
+    without need; without one a winner of other problems is taken, and then the first by its
+    fields, so that chance decides nothing.
+    """
+    medians = [measure.summarise(one).median_ns for one in samples]
+    faster = [
+        index
+        for index in range(1, len(finalists))
+        if measure.is_faster(samples[index], samples[0])
+    ]
+    if not faster:
+        return 0
+    best = min(medians[index] for index in faster)
+
+    def order(index: int) -> tuple[bool, bool, str]:
+        config = finalists[index]
+        fields = canonical_json(config.to_dict())
+        return config != contender.incumbent, config not in contender.known, fields
+
+    return min((index for index in faster if medians[index] <= _CLOSE * best), key=order)
 
 
 def verdict(

@@ -19,21 +19,35 @@ SAMPLE_NS = 200_000
 MAX_REPEATS = 64
 # With five paired samples all on one side, chance is 3 in 100.
 MIN_ROUNDS = 5
-POLICY = "eager_warm"
+# Written before each timed run on a GPU: ten times an H100's L2 cache. That also takes longer than
+# the host needs to prepare a call.
+_FLUSH_BYTES = 512 << 20
+_GPU_REPEATS = ((50_000, 5), (500_000, 3))  # (runs under this many ns, runs of a sample)
 
-Run = Callable[[], None]
+Run = Callable[[], object]
 
 
 class Timer(abc.ABC):
-    """How long a run takes, on one kind of device."""
+    """How long a run takes, on one kind of device.
+
+    Attributes:
+        policy: how runs are timed: ``"eager_warm"`` or ``"eager_cold"`` (the L2 cache holds
+            nothing of the run, as in a model, where other layers ran in between).
+    """
+
+    policy = "eager_warm"
 
     @abc.abstractmethod
     def sample(self, run: Run, repeats: int) -> int:
-        """Time of one run, in ns: the mean over `repeats` runs back to back."""
+        """Time of one run, in ns, from `repeats` of them."""
+
+    def repeats_for(self, once_ns: int) -> int:
+        """How many runs of this time make one sample that noise does not drown."""
+        return max(1, min(MAX_REPEATS, SAMPLE_NS // max(once_ns, 1)))
 
 
 class CpuTimer(Timer):
-    """The host's monotonic clock."""
+    """The host's monotonic clock, over runs back to back."""
 
     def sample(self, run: Run, repeats: int) -> int:
         """See `Timer.sample`."""
@@ -44,30 +58,46 @@ class CpuTimer(Timer):
 
 
 class CudaTimer(Timer):
-    """Events on the device's current stream.
+    """Events around each run on the device's current stream, with a cold L2 cache.
 
     Args:
         device: a CUDA (or ROCm) device.
     """
 
+    policy = "eager_cold"
+
     def __init__(self, device: str) -> None:
         self._device = torch.device(device)
+        self._flush: torch.Tensor | None = None
 
     def sample(self, run: Run, repeats: int) -> int:
-        """See `Timer.sample`."""
+        """See `Timer.sample`: the median of the runs."""
         with torch.cuda.device(self._device):
-            start, end = (_timing_event() for _ in range(2))
-            start.record()
-            for _ in range(repeats):
+            if self._flush is None:
+                self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=self._device)
+            pairs = [(_timing_event(), _timing_event()) for _ in range(repeats)]
+            for start, end in pairs:
+                self._flush.zero_()
+                start.record()
                 run()
-            end.record()
-            end.synchronize()
-            return max(int(start.elapsed_time(end) * 1e6) // repeats, 1)
+                end.record()
+            pairs[-1][1].synchronize()
+        times = [start.elapsed_time(end) for start, end in pairs]
+        return max(int(statistics.median(times) * 1e6), 1)
+
+    def repeats_for(self, once_ns: int) -> int:
+        """See `Timer.repeats_for`."""
+        return next((repeats for most, repeats in _GPU_REPEATS if once_ns < most), 1)
 
 
 def _timing_event() -> torch.cuda.Event:
     event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     return event
+
+
+def policy_for(device: str) -> str:
+    """The policy of `timer_for`'s timer, which need not be made for that."""
+    return CudaTimer.policy if device.startswith("cuda") else CpuTimer.policy
 
 
 def timer_for(device: str) -> Timer:
@@ -118,7 +148,7 @@ def screen(
     """
     started = time.perf_counter_ns()
     once = max(timer.sample(run, 1), 1)
-    repeats = repeats_for(once)
+    repeats = timer.repeats_for(once)
     found = [once] if repeats == 1 else []
     while len(found) < samples:
         slow = (
@@ -133,11 +163,6 @@ def screen(
             break
         found.append(timer.sample(run, repeats))
     return found
-
-
-def repeats_for(once_ns: int) -> int:
-    """How many runs of this time make one sample long enough."""
-    return max(1, min(MAX_REPEATS, SAMPLE_NS // max(once_ns, 1)))
 
 
 def interleave(
@@ -163,7 +188,7 @@ def interleave(
     Returns:
         For each candidate its samples, one a round: sample r of all candidates belongs together.
     """
-    repeats = [repeats_for(time_ns) for time_ns in times_ns]
+    repeats = [timer.repeats_for(time_ns) for time_ns in times_ns]
     found: list[list[int]] = [[] for _ in runs]
     for index in range(max_rounds):
         if index >= min_rounds and time.monotonic() > deadline:

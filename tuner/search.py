@@ -3,13 +3,15 @@
 Optuna keeps the study; the sampler draws only from feasible configs not yet tried.
 
 Order: the default; configs known from elsewhere; stratified random ones; then, by turns,
-neighbours of the best three, Optuna's TPE over the whole set, and random again (a quarter of all:
-on some spaces no model beats it). A small space is tried whole. No config is proposed twice, none
-that is infeasible.
+what a model of the whole set promises most of (`portattn.tuner.model`), neighbours of the best
+three, and random again (a quarter of all: on some spaces no model beats it). A small space is
+tried whole. No config is proposed twice, none that is infeasible.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import random
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,8 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.samplers import BaseSampler, TPESampler
 from optuna.trial import TrialState
+
+from portattn.tuner.model import coordinates, most_promising
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,8 +30,12 @@ if TYPE_CHECKING:
 
     from portattn.backends.base import Config
 
+# "portattn" is the order above; the others are for comparison (`portattn bench-search`): a uniform
+# choice, and Optuna's TPE alone after as many random ones.
+STRATEGIES = ("portattn", "random", "tpe")
 RANDOM_START = 10
 _TOP = 3
+_MODEL_NEEDS = 5  # times, before a model says more than chance
 Point = dict[str, int]
 
 
@@ -42,6 +50,7 @@ class FeasibleSampler(BaseSampler):
         distributions: of each parameter.
         first: indices of points to propose early.
         seed: of every random choice.
+        strategy: one of `STRATEGIES`.
     """
 
     def __init__(
@@ -50,7 +59,9 @@ class FeasibleSampler(BaseSampler):
         distributions: Mapping[str, BaseDistribution],
         first: Sequence[int],
         seed: int,
+        strategy: str,
     ) -> None:
+        self._strategy = strategy
         self._points = points
         self._distributions = dict(distributions)
         self._queue = list(dict.fromkeys([0, *first]))
@@ -58,12 +69,19 @@ class FeasibleSampler(BaseSampler):
         self._random = random.Random(seed)
         self._tpe = TPESampler(seed=seed, n_startup_trials=RANDOM_START)
         self._seen: dict[tuple[str, int], int] = {}
+        ordered = [isinstance(one, IntDistribution) for one in self._distributions.values()]
+        self._coordinates = coordinates([tuple(point.values()) for point in points], ordered)
+        self._index_of = {tuple(point.values()): index for index, point in enumerate(points)}
         self._asked = 0
 
     @property
     def exhausted(self) -> bool:
         """Whether every point has been proposed."""
         return not self._remaining
+
+    def take(self, index: int) -> None:
+        """Never propose a point again."""
+        self._remaining.pop(index, None)
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
@@ -76,7 +94,7 @@ class FeasibleSampler(BaseSampler):
     ) -> dict[str, Any]:
         """The next point, marked as proposed."""
         index = self._next(study, trial)
-        del self._remaining[index]
+        self.take(index)
         self._asked += 1
         for item in self._points[index].items():
             self._seen[item] = self._seen.get(item, 0) + 1
@@ -97,12 +115,16 @@ class FeasibleSampler(BaseSampler):
             index = self._queue.pop(0)
             if index in self._remaining:
                 return index
-        turn = self._asked % 4
-        if self._asked < RANDOM_START or turn == 0:
+        if self._strategy == "random":
+            return self._random.choice(list(self._remaining))
+        if self._asked < RANDOM_START:
             return self._stratified()
-        if turn == 2:
-            return self._modelled(study, trial)
-        return self._neighbour(study)
+        if self._strategy == "tpe":
+            return self._by_tpe(study, trial)
+        turn = self._asked % 4
+        if turn == 0:
+            return self._stratified()
+        return self._neighbour(study) if turn == 2 else self._modelled(study)
 
     def _stratified(self) -> int:
         """A random point among those whose values were proposed least."""
@@ -112,7 +134,28 @@ class FeasibleSampler(BaseSampler):
             key=lambda index: sum(self._seen.get(item, 0) for item in self._points[index].items()),
         )
 
-    def _modelled(self, study: Study, trial: FrozenTrial) -> int:
+    def _modelled(self, study: Study) -> int:
+        """The untried point of which the model expects most."""
+        times: dict[int, float | None] = {}
+        for one in study.get_trials(deepcopy=False):
+            # The trial that is being made has no parameters yet.
+            if len(one.params) == len(self._distributions):
+                index = self._index_of[tuple(one.params[name] for name in self._distributions)]
+                times[index] = one.value if one.state != TrialState.RUNNING else math.nan
+        passed = sorted(time for time in times.values() if time and time == time)
+        if len(passed) < _MODEL_NEEDS:
+            return self._stratified()
+        # Nobody wants what failed; what is under way is as good as the middle, so that nothing is
+        # asked for right beside it.
+        filled = [
+            passed[-1] if time is None else time if time == time else passed[len(passed) // 2]
+            for time in times.values()
+        ]
+        untried = list(self._remaining)
+        chosen = most_promising(self._coordinates[list(times)], filled, self._coordinates[untried])
+        return untried[chosen]
+
+    def _by_tpe(self, study: Study, trial: FrozenTrial) -> int:
         """The untried point nearest to what TPE proposes."""
         wanted = {
             name: self._tpe.sample_independent(study, trial, name, distribution)
@@ -146,6 +189,14 @@ def _apart(point: Point, other: Mapping[str, int]) -> float:
     return sum(step > 0 for step in steps) + 0.01 * sum(steps)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Proposal:
+    """One config that the search asks for, until its outcome is told."""
+
+    config: Config
+    trial: Trial
+
+
 class Search:
     """The course of one search over a kernel's feasible configs. In memory; one thread.
 
@@ -153,9 +204,16 @@ class Search:
         configs: feasible, the default first.
         known: configs that did well elsewhere, tried right after the default; others are ignored.
         seed: same seed and same times, same course.
+        strategy: one of `STRATEGIES`.
     """
 
-    def __init__(self, configs: Sequence[Config], known: Sequence[Config], seed: int) -> None:
+    def __init__(
+        self,
+        configs: Sequence[Config],
+        known: Sequence[Config],
+        seed: int,
+        strategy: str = STRATEGIES[0],
+    ) -> None:
         self._configs = configs
         fields = [config.to_dict() for config in configs]
         orders = {
@@ -177,30 +235,28 @@ class Search:
             for name, order in orders.items()
         }
         first = [configs.index(config) for config in known if config in configs]
-        self._sampler = FeasibleSampler(points, distributions, first, seed)
+        self._sampler = FeasibleSampler(points, distributions, first, seed, strategy)
         level = optuna.logging.get_verbosity()
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # creating a study logs a line
         self._study = optuna.create_study(direction="minimize", sampler=self._sampler)
         optuna.logging.set_verbosity(level)
-        self._trial: Trial | None = None
 
     @property
     def exhausted(self) -> bool:
-        """Whether nothing is left to try."""
+        """Whether nothing is left to ask for."""
         return self._sampler.exhausted
 
-    def ask(self) -> Config:
-        """The next config to try; tell its outcome before asking again."""
-        self._trial = self._study.ask(self._sampler.infer_relative_search_space(self._study, None))  # type: ignore[arg-type]
-        return self._configs[self._index[tuple(self._trial.params[name] for name in self._names)]]
+    def ask(self) -> Proposal:
+        """The next config to try. Several may be asked for before the first is told."""
+        trial = self._study.ask(self._sampler.infer_relative_search_space(self._study, None))  # type: ignore[arg-type]
+        index = self._index[tuple(trial.params[name] for name in self._names)]
+        self._sampler.take(index)  # Optuna itself fills in parameters that have one value
+        return Proposal(self._configs[index], trial)
 
-    def tell(self, median_ns: int | None) -> None:
-        """The outcome of the config asked for: its time, or None if it was rejected."""
-        assert self._trial is not None, "tell() without ask()"
+    def tell(self, proposal: Proposal, median_ns: int | None) -> None:
+        """The outcome of a config asked for: its time, or None if it was rejected."""
         if median_ns is None:
-            self._study.tell(
-                self._trial, state=TrialState.PRUNED
-            )  # TPE counts it among the bad ones
+            # TPE counts it among the bad ones.
+            self._study.tell(proposal.trial, state=TrialState.PRUNED)
         else:
-            self._study.tell(self._trial, float(median_ns))
-        self._trial = None
+            self._study.tell(proposal.trial, float(median_ns))

@@ -8,14 +8,16 @@ import math
 from typing import TYPE_CHECKING
 
 from portattn.errors import TuningError
+from portattn.tuning_db.identity import sha256
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping, Sequence, Set
 
     from portattn.backends.base import Config, ConfigValue, Kernel
     from portattn.problem import AttentionProblem
 
 MAX_PRODUCT = 200_000
+QUARANTINE = "it failed before on such a device: it is in quarantine"
 
 
 class SpaceError(TuningError):
@@ -37,6 +39,19 @@ class Space:
     declared: int
     infeasible: Mapping[str, int]
     values: Mapping[str, Sequence[ConfigValue]]
+
+    def without(self, params_sha256: Set[str]) -> Space:
+        """The same space less configs with these hashes; the default stays."""
+        if not params_sha256:
+            return self
+        kept = tuple(
+            config
+            for index, config in enumerate(self.configs)
+            if not index or sha256(config.to_dict()) not in params_sha256
+        )
+        count = len(self.configs) - len(kept)
+        infeasible = {**self.infeasible, QUARANTINE: count} if count else self.infeasible
+        return dataclasses.replace(self, configs=kept, infeasible=infeasible)
 
 
 def enumerate_space(kernel: Kernel, problem: AttentionProblem) -> Space:

@@ -2,80 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import time
 from typing import TYPE_CHECKING
 
-import torch
-
-from portattn import dispatch
-from portattn.backends import registry
-from portattn.backends.base import Kernel
 from portattn.device import device_key
 from portattn.errors import TuningError
 from portattn.tuner import cases, measure
 from portattn.tuner.cases import Case
-from portattn.tuner.contender import Contender
 from portattn.tuner.finals import finals, verdict
-from portattn.tuner.report import (
-    ProblemReport,
-    Progress,
-    ProgressCallback,
-    TuningReport,
-)
-from portattn.tuner.space import SpaceError
-from portattn.tuner.verify import Verifier
-from portattn.tuning_db import lookup
+from portattn.tuner.pool import CompilePool
+from portattn.tuner.portfolio import Portfolio
+from portattn.tuner.report import ProblemReport, ProgressCallback, TuningReport
+from portattn.tuner.session import Problem, Session, executor_for, prepare
+from portattn.tuning_db import lookup, quarantine
 from portattn.tuning_db.key import bucket
 from portattn.tuning_db.records import ProblemResult
 from portattn.tuning_db.store import Store
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-    from portattn.device import DeviceKey
+    from portattn.backends.base import Kernel
     from portattn.problem import AttentionProblem
+    from portattn.tuner.executor import Executor
 
 # Of a problem's time, what the interleaved finals get at most.
 _FINALS_SHARE = 0.3
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Session:
-    """What stays the same over one run."""
-
-    store: Store
-    run_id: str
-    device: DeviceKey
-    timer: measure.Timer
-    progress: ProgressCallback | None
-    started: float
-    budget_s: float
-    problems: int
-    seed: int
-
-    def tell(
-        self, problem: int, label: str, stage: str, contender: Contender | None = None
-    ) -> None:
-        """Report progress."""
-        if self.progress is None:
-            return
-        times = contender.times_ns if contender is not None else {}
-        self.progress(
-            Progress(
-                problem=problem,
-                problems=self.problems,
-                label=label,
-                stage=stage,
-                kernel=contender.kernel.name if contender is not None else "",
-                tried=len(contender.measurements) if contender is not None else 0,
-                feasible=len(contender.space.configs) if contender is not None else 0,
-                best_ns=min(times.values(), default=None),
-                default_ns=times.get(contender.default) if contender is not None else None,
-                elapsed_s=time.monotonic() - self.started,
-                budget_s=self.budget_s,
-            )
-        )
 
 
 def tune(
@@ -87,14 +40,18 @@ def tune(
     store: Store | None = None,
     progress: ProgressCallback | None = None,
     timer: measure.Timer | None = None,
+    executor: Executor | None = None,
+    pool: CompilePool | None = None,
     seed: int = 0,
+    most: int | None = None,
 ) -> TuningReport:
     """Find and store the best config of every kernel for some problems on one device.
 
     Every candidate is checked against the float64 reference before it is timed. The default config
     is the first candidate and stays unless another is faster beyond noise. Each problem is stored
     in one transaction as soon as it is done, so that stopping loses at most the one being worked
-    on.
+    on. On a GPU, candidates are compiled in many processes and run in one of their own: one that
+    hangs or crashes ends there.
 
     Args:
         problems: what to tune; None takes `cases.defaults`. A problem whose mask needs data is
@@ -105,8 +62,11 @@ def tune(
         kernels: names of the registry or kernel objects; None takes all but the reference.
         store: where to; None opens the default database.
         progress: called often.
-        timer: how runs are timed; None takes the device's own.
+        timer: how runs are timed in this process; None takes the device's own.
+        executor: who verifies and times; None makes the device's own.
+        pool: compiles ahead; None makes one where the device's own executor runs on a GPU.
         seed: of the search.
+        most: configs to try of each kernel on each problem; None for as many as the time allows.
 
     Raises:
         TuningError: the device cannot be tuned, no kernel can run a problem, or the database
@@ -120,30 +80,38 @@ def tune(
     ]
     store = Store() if store is None else store
     run_id = store.begin_run(effort="budget", seed=seed, budget={"seconds": round(budget_seconds)})
-    session = _Session(
-        store=store,
-        run_id=run_id,
-        device=device_key(device),
-        timer=measure.timer_for(device) if timer is None else timer,
-        progress=progress,
-        started=time.monotonic(),
-        budget_s=budget_seconds,
-        problems=len(chosen),
-        seed=seed,
-    )
-    state, reports = "failed", []
-    try:
-        for number, case in enumerate(chosen):
-            left = budget_seconds - (time.monotonic() - session.started)
-            if number and left <= 0:
-                break
-            deadline = time.monotonic() + left / (len(chosen) - number)
-            reports.append(_tune_problem(session, number, case, kernels, deadline))
+    key = device_key(device)
+    if executor is None:
+        executor = executor_for(device, timer, kernels)
+        # Triton and CuPy compile for NVIDIA's devices without touching one.
+        if pool is None and timer is None and key.kind == "cuda":
+            pool = CompilePool(key)
+    state, reports = "failed", list[ProblemReport]()
+    with contextlib.ExitStack() as stack:
+        stack.callback(forget_loaded)
+        stack.callback(lambda: store.finish_run(run_id, state))
+        stack.callback(executor.close)
+        if pool is not None:
+            stack.enter_context(pool)
+        session = Session(
+            store=store,
+            run_id=run_id,
+            device=key,
+            executor=executor,
+            pool=pool,
+            portfolio=Portfolio(key.family),
+            kernels=kernels,
+            progress=progress,
+            started=time.monotonic(),
+            budget_s=budget_seconds,
+            problems=len(chosen),
+            seed=seed,
+            most=most,
+        )
+        for report in _reports(session, chosen):
+            reports.append(report)
         _check_any_tuned(reports)
         state = "done" if len(reports) == len(chosen) else "partial"
-    finally:
-        store.finish_run(run_id, state)
-        forget_loaded()
     return TuningReport(
         device=session.device.name,
         database=store.location.shown,
@@ -151,6 +119,28 @@ def tune(
         left_out=tuple(bucket(case.problem).label for case in chosen[len(reports) :]),
         seconds=time.monotonic() - session.started,
     )
+
+
+def _reports(session: Session, chosen: Sequence[Case]) -> Iterator[ProblemReport]:
+    """Tune one problem after the other while there is time."""
+    ahead: Problem | None = None
+    for number, case in enumerate(chosen):
+        left = session.budget_s - (time.monotonic() - session.started)
+        if number and left <= 0:
+            return
+        problem = prepare(session, number, case) if ahead is None else ahead
+        ahead = None
+        session.tell(number, problem.key.label, "verify")
+        if not problem.contenders:
+            yield ProblemReport(problem.key.label, (), problem.refused, 0.0)
+            continue
+        started = time.monotonic()
+        session.executor.begin(case)
+        if session.pool is not None and number + 1 < len(chosen):
+            ahead = prepare(session, number + 1, chosen[number + 1])
+        left = session.budget_s - (time.monotonic() - session.started)
+        deadline = time.monotonic() + left / (len(chosen) - number)
+        yield _tune_problem(session, problem, started, deadline)
 
 
 def _check_any_tuned(reports: Sequence[ProblemReport]) -> None:
@@ -175,80 +165,51 @@ def forget_loaded() -> None:
     call.clear_cache()
 
 
-def candidates(
-    problem: AttentionProblem, kernels: Sequence[str | Kernel] | None
-) -> tuple[list[Kernel], dict[str, tuple[str, ...]]]:
-    """The kernels that can run a problem, and why each other one cannot.
-
-    Raises:
-        TuningError: a name is not in the registry.
-    """
-    wanted = dispatch.candidates("auto") if kernels is None else kernels
-    usable: list[Kernel] = []
-    refused: dict[str, tuple[str, ...]] = {}
-    for one in wanted:
-        if isinstance(one, Kernel):
-            name, why = one.name, tuple(one.unsupported_reasons(problem))
-        elif one in registry.KERNELS:
-            name, why = one, dispatch.refusals(one, problem)
-        else:
-            raise TuningError(
-                f"kernel is {one!r}; it must be one of {', '.join(registry.KERNELS)}"
-            )
-        if why:
-            refused[name] = why
-        else:
-            usable.append(one if isinstance(one, Kernel) else registry.kernel(one))
-    return usable, refused
-
-
 def _tune_problem(
-    session: _Session,
-    number: int,
-    case: Case,
-    kernels: Sequence[str | Kernel] | None,
-    deadline: float,
+    session: Session, problem: Problem, started: float, deadline: float
 ) -> ProblemReport:
-    started = time.monotonic()
-    problem, key = case.problem, bucket(case.problem)
-    usable, refused = candidates(problem, kernels)
-    session.tell(number, key.label, "verify")
-    with torch.no_grad():
-        contenders: list[Contender] = []
-        for one in usable:
-            try:
-                contender = Contender(
-                    one, problem, session.device, key, session.store, session.seed
-                )
-                contenders.append(contender)
-            except SpaceError as error:
-                refused[one.name] = (str(error),)
-        if not contenders:
-            return ProblemReport(key.label, (), refused, 0.0)
-        verifier = Verifier(case)
-        search_end = deadline - _FINALS_SHARE * max(deadline - time.monotonic(), 0)
-        for index, contender in enumerate(contenders):
-            now = time.monotonic()
-            share = now + max(search_end - now, 0) / (len(contenders) - index)
-            contender.search(
-                verifier,
-                session.timer,
-                share,
-                lambda one: session.tell(number, key.label, "search", one),
-            )
-        session.tell(number, key.label, "finals")
-        rounds = finals(contenders, verifier, session.timer, deadline)
+    """Search, finals, and one transaction that stores them."""
+    number, contenders, label = problem.number, problem.contenders, problem.key.label
+    search_end = deadline - _FINALS_SHARE * max(deadline - time.monotonic(), 0)
+    for index, contender in enumerate(contenders):
+        now = time.monotonic()
+        contender.search(
+            session.executor,
+            now + max(search_end - now, 0) / (len(contenders) - index),
+            lambda one: session.tell(number, label, "search", one),
+            pool=session.pool,
+            priority=number,
+            most=session.most,
+        )
+        quarantine.add(
+            session.store,
+            contender.kernel.name,
+            contender.source_sha256,
+            session.device.family,
+            contender.failed(),
+        )
+    session.tell(number, label, "finals")
+    rounds = finals(contenders, session.executor, deadline)
     results, reports = zip(
         *(verdict(one, *final) for one, final in zip(contenders, rounds, strict=True)),
         strict=True,
     )
+    for contender, result in zip(contenders, results, strict=True):
+        if result.best is not None:
+            session.portfolio.add(contender.kernel.name, problem.key, result.best.params)
     session.store.record(
         session.run_id,
-        ProblemResult(session.device, key, _shape(problem), measure.POLICY, tuple(results)),
+        ProblemResult(
+            session.device,
+            problem.key,
+            _shape(problem.case.problem),
+            session.executor.policy,
+            tuple(results),
+        ),
     )
-    session.tell(number, key.label, "stored")
+    session.tell(number, label, "stored")
     ordered = sorted(reports, key=lambda report: (report.params is None, report.best_ns))
-    return ProblemReport(key.label, tuple(ordered), refused, time.monotonic() - started)
+    return ProblemReport(label, tuple(ordered), problem.refused, time.monotonic() - started)
 
 
 def _shape(problem: AttentionProblem) -> dict[str, int | str]:

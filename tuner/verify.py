@@ -4,34 +4,35 @@ The rule is that of the conformance suite: max|out - ref| <= 2 max|eager - ref| 
 where eager is the reference's computation in the inputs' own dtype (in float32 the last term takes
 the largest value instead: the mean over many keys is much smaller). Checked are some blocks of
 rows of the real problem (the first, the last and random ones: float64 over all of it would cost
-more than the tuning), that no output is NaN or left unwritten, and the whole of a small problem of
-the same kind with ragged lengths.
+more than the tuning), that no output is NaN or left unwritten and nothing beside it is written,
+and the whole of two small problems of the same kind with ragged lengths, the second of which has
+rows and sequences that attend to nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import random
 import time
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from portattn.backends import registry
-from portattn.tuner.inputs import make, ragged, rows_of
+from portattn.tuner import errors
+from portattn.tuner.inputs import GUARD_BYTE, GUARD_BYTES, Guarded, edges, make, ragged, rows_of
 
 if TYPE_CHECKING:
     from portattn.backends.base import AttentionInputs, Config, Kernel
+    from portattn.problem import AttentionProblem
     from portattn.tuner.cases import Case
 
 RULE = "float64: error <= 2 eager + 2 eps largest"
-SEEDS = (0, 1)
+SEEDS = (0, 1, 2)
 # Scores computed in float64 for one problem, and rows of one block.
 _MAX_SCORES = 1 << 22
 _BLOCK_ROWS = 64
+_CHANGED = "it changed its inputs"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,14 +82,19 @@ class Verifier:
     """
 
     def __init__(self, case: Case) -> None:
-        self.inputs = make(case, SEEDS[0])
-        self._expected = _expect(self.inputs, _row_blocks(case))
-        self._small = ragged(case)
-        self._small_inputs = make(self._small, SEEDS[1])
-        self._small_expected = _expect(self._small_inputs, [(0, self._small.problem.seqlen_q)])
+        self._case = case
+        large = make(case, SEEDS[0])
+        self.inputs = large.inputs
+        self._large = _Check(case.problem, large, _expect(large.inputs, _row_blocks(case)), "")
+        self._small = tuple(
+            _small_check(small, seed, shortest)
+            for small, seed, shortest in zip(
+                (ragged(case), edges(case)), SEEDS[1:], (None, 0), strict=True
+            )
+        )
 
     def check(self, kernel: Kernel, config: Config) -> Verdict:
-        """Run a config on both problems and compare.
+        """Run a config on every problem and compare.
 
         An exception in the kernel is a verdict as well.
         """
@@ -96,18 +102,77 @@ class Verifier:
         try:
             _run(kernel, self.inputs, config)
             first_run_ns = time.perf_counter_ns() - started
-            verdict = _compare(self.inputs, self._expected)
-            small = self._small.problem
-            if verdict.status == "ok" and not (
-                kernel.unsupported_reasons(small) or kernel.infeasible_reasons(small, config)
-            ):
-                _run(kernel, self._small_inputs, config)
-                verdict = _worse(verdict, _compare(self._small_inputs, self._small_expected))
+            verdict = self._large.verdict()
+            for small in self._small:
+                if verdict.status != "ok":
+                    break
+                if not (
+                    kernel.unsupported_reasons(small.problem)
+                    or kernel.infeasible_reasons(small.problem, config)
+                ):
+                    _run(kernel, small.guarded.inputs, config)
+                    verdict = _worse(verdict, small.verdict(), small.name)
         except (
             Exception
         ) as error:  # whatever a candidate raises ends the candidate, not the tuning
             return Verdict(_status_of(error), f"{type(error).__name__}: {str(error)[:1500]}")
+        if verdict.reason.endswith(_CHANGED):
+            self._restore()
         return dataclasses.replace(verdict, first_run_ns=first_run_ns)
+
+    def _restore(self) -> None:
+        """Undo what a kernel did to the real problem's inputs."""
+        fresh = make(self._case, SEEDS[0]).inputs
+        for name in ("query", "key", "value"):
+            getattr(self.inputs, name).copy_(getattr(fresh, name))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Check:
+    """One call and its truth.
+
+    Attributes:
+        problem: what the call computes.
+        guarded: the call.
+        expected: its truth.
+        name: for reasons; "" for the real problem.
+        originals: copies of query, key and value, which no kernel may change; none where they
+            are large.
+    """
+
+    problem: AttentionProblem
+    guarded: Guarded
+    expected: _Expected
+    name: str
+    originals: tuple[torch.Tensor, ...] = ()
+
+    def verdict(self) -> Verdict:
+        """Compare after a run."""
+        inputs = self.guarded.inputs
+        if self.guarded.overwritten():
+            for memory in self.guarded.memories:  # the next candidate starts with whole guards
+                memory[:GUARD_BYTES] = memory[-GUARD_BYTES:] = GUARD_BYTE
+            return Verdict("oob", "it wrote outside of its output")
+        present = (inputs.query, inputs.key, inputs.value)
+        changed = [
+            (mine, original)
+            for mine, original in zip(present, self.originals, strict=bool(self.originals))
+            if not torch.equal(mine, original)
+        ]
+        for mine, original in changed:
+            mine.copy_(original)
+        if changed:
+            return Verdict("wrong_result", _CHANGED)
+        return _compare(inputs, self.expected)
+
+
+def _small_check(case: Case, seed: int, shortest: int | None) -> _Check:
+    guarded = make(case, seed, shortest=shortest)
+    inputs = guarded.inputs
+    expected = _expect(inputs, [(0, case.problem.seqlen_q)])
+    copies = tuple(tensor.clone() for tensor in (inputs.query, inputs.key, inputs.value))
+    name = f"on a small ragged problem of seed {seed}: "
+    return _Check(case.problem, guarded, expected, name, copies)
 
 
 def _run(kernel: Kernel, inputs: AttentionInputs, config: Config) -> None:
@@ -155,15 +220,17 @@ def _expect(inputs: AttentionInputs, blocks: list[tuple[int, int]]) -> _Expected
     output = torch.cat([one for one, _ in truth], dim=2)
     dtype = inputs.output.dtype
     # Kernels that compute float32 in parts round the values, and not their mean over many keys.
-    largest = _largest(inputs.value) if dtype == torch.float32 else _largest(output)
-    error = _error(torch.cat([one for one, _ in eager], dim=2), output)
+    largest = errors.largest(inputs.value) if dtype == torch.float32 else errors.largest(output)
+    error = errors.error(torch.cat([one for one, _ in eager], dim=2), output)
     lse, lse_tolerance = None, 0.0
     if inputs.lse is not None:
         lse = torch.cat([one for _, one in truth if one is not None], dim=2)
         eager_lse = torch.cat([one for _, one in eager if one is not None], dim=2)
-        lse_tolerance = _tolerance(_error(eager_lse, lse), _largest(lse), torch.float32)
+        lse_tolerance = errors.tolerance(
+            errors.error(eager_lse, lse), errors.largest(lse), torch.float32
+        )
     rows = torch.cat([torch.arange(*block) for block in blocks]).to(output.device)
-    return _Expected(rows, output, lse, _tolerance(error, largest, dtype), lse_tolerance)
+    return _Expected(rows, output, lse, errors.tolerance(error, largest, dtype), lse_tolerance)
 
 
 def _reference(part: AttentionInputs, dtype: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -177,31 +244,6 @@ def _reference(part: AttentionInputs, dtype: str) -> tuple[torch.Tensor, torch.T
     return output, lse
 
 
-def _tolerance(eager_error: float, largest: float, dtype: torch.dtype) -> float:
-    return 2 * eager_error + 2 * torch.finfo(dtype).eps * largest
-
-
-def _numbers(tensor: torch.Tensor) -> npt.NDArray[np.float64]:
-    """On the host and out of torch, whose threads cost more than this work on a busy machine."""
-    numbers: npt.NDArray[np.float64] = tensor.double().cpu().numpy()
-    return numbers
-
-
-def _error(found: torch.Tensor, truth: torch.Tensor) -> float:
-    """The largest absolute difference; equal infinities differ by nothing, NaN differs by inf."""
-    if not truth.numel():
-        return 0.0
-    mine, right = _numbers(found), _numbers(truth)
-    with np.errstate(invalid="ignore"):
-        difference = np.where(mine == right, 0.0, np.abs(mine - right))
-    return float(np.nan_to_num(difference, nan=math.inf, posinf=math.inf).max())
-
-
-def _largest(truth: torch.Tensor) -> float:
-    numbers = np.abs(_numbers(truth))
-    return float(numbers.max(initial=0.0, where=np.isfinite(numbers)))
-
-
 def _compare(inputs: AttentionInputs, truth: _Expected) -> Verdict:
     if inputs.output.float().sum().isnan():
         rows = inputs.output.isnan().flatten(0, 1).any(-1).any(0).nonzero().flatten()
@@ -209,23 +251,23 @@ def _compare(inputs: AttentionInputs, truth: _Expected) -> Verdict:
             f"{rows.numel()} query rows, the first is row {int(rows[0])}" if len(rows) else "sums"
         )
         return Verdict("nan", f"NaN or not written: {where}")
-    error = _error(inputs.output[:, :, truth.rows], truth.output)
-    relative = error / max(_largest(truth.output), 1e-30)
+    error = errors.error(inputs.output[:, :, truth.rows], truth.output)
+    relative = error / max(errors.largest(truth.output), 1e-30)
     reason = ""
     if error > truth.output_tolerance:
         reason = f"output differs by {error:.3g}; {truth.output_tolerance:.3g} is allowed"
     elif truth.lse is not None and inputs.lse is not None:
-        lse_error = _error(inputs.lse[:, :, truth.rows], truth.lse)
+        lse_error = errors.error(inputs.lse[:, :, truth.rows], truth.lse)
         if lse_error > truth.lse_tolerance:
             reason = f"lse differs by {lse_error:.3g}; {truth.lse_tolerance:.3g} is allowed"
     return Verdict("wrong_result" if reason else "ok", reason, error, relative)
 
 
-def _worse(first: Verdict, second: Verdict) -> Verdict:
+def _worse(first: Verdict, second: Verdict, name: str) -> Verdict:
     """The second check's status with the larger errors of both."""
     return dataclasses.replace(
         second,
-        reason=f"on a small ragged problem: {second.reason}" if second.reason else "",
+        reason=f"{name}{second.reason}" if second.reason else "",
         max_abs_err=max(first.max_abs_err or 0.0, second.max_abs_err or 0.0),
         max_rel_err=max(first.max_rel_err or 0.0, second.max_rel_err or 0.0),
     )

@@ -16,7 +16,13 @@ if TYPE_CHECKING:
     from portattn.device import DeviceKey
 
 # Distributions whose exact versions are recorded with each measurement.
-_RECORDED = {"portattn": "portattn", "torch": "torch", "triton": "triton", "cupy": "cupy-cuda12x"}
+_RECORDED = {
+    "portattn": ("portattn",),
+    "torch": ("torch",),
+    "triton": ("triton",),
+    "cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy"),
+    "nvrtc": ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu13", "nvidia-cuda-nvrtc-cu12"),
+}
 
 # C, C++ and CUDA: strings and characters are kept, comments dropped.
 _C_TOKENS = re.compile(
@@ -98,15 +104,22 @@ def package_version(distribution: str) -> str:
         return ""
 
 
+def _recorded(column: str) -> str:
+    """The version of the first distribution of a column that is installed, or ""."""
+    return next(filter(None, map(package_version, _RECORDED[column])), "")
+
+
 @functools.cache
 def toolchain_class(backend: str) -> str:
     """What generates a backend's code, as coarse as it changes speed.
 
     A row of another class is only a candidate.
     """
-    if backend in ("triton", "cupy"):
-        version = package_version(_RECORDED[backend])
-        return f"{backend}-{'.'.join(version.split('.')[:2])}"
+    if backend == "triton":  # its compiler changes with every minor version
+        return f"triton-{'.'.join(_recorded('triton').split('.')[:2])}"
+    if backend == "cupy":  # CUDA's compiler, which may also be a toolkit's: then CuPy's version
+        nvrtc = _recorded("nvrtc").split(".")[0]
+        return f"nvrtc-{nvrtc}" if nvrtc else f"cupy-{_recorded('cupy').split('.')[0]}"
     return f"native-{package_version('portattn') or 'source'}"
 
 
@@ -115,8 +128,8 @@ def toolchain() -> dict[str, str]:
     """The exact versions of this process, as columns of table ``toolchain``."""
     import platform
 
-    columns = {column: package_version(distribution) for column, distribution in _RECORDED.items()}
-    columns |= dict.fromkeys(("ptxas", "nvrtc", "driver", "compiler_cpu"), "")
+    columns = {column: _recorded(column) for column in _RECORDED}
+    columns |= dict.fromkeys(("ptxas", "driver", "compiler_cpu"), "")
     columns["python_minor"] = ".".join(platform.python_version_tuple()[:2])
     torch_version = columns["torch"]
     columns["cuda_runtime"] = torch_version.partition("+")[2] if "+" in torch_version else ""

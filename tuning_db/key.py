@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Raise it whenever `bucket` maps some problem elsewhere: rows of another version are never
 # matched.
-BUCKET_VERSION = 1
+BUCKET_VERSION = 2
 
 # A config further away than this, in doublings summed over lengths, heads and mask sizes, is a
 # guess.
@@ -25,7 +25,7 @@ MAX_DISTANCE = 4.0
 
 # Opcodes of docs/formats.md.
 _KIND = {
-    1: "band", 2: "range", 3: "range", 4: "step", 5: "step", 6: "blocks", 7: "set", 8: "set",
+    1: "band", 2: "range", 3: "range", 4: "step", 5: "stride", 6: "blocks", 7: "set", 8: "set",
     9: "random", 10: "table", 11: "ids", 12: "lengths", 15: "not", 16: "heads", 17: "batch",
 }  # fmt: skip
 _KEYED_FEATURES = ("alibi", "bias", "sinks", "softcap")
@@ -99,7 +99,8 @@ class ProblemKey:
         dims = f"d{self.head_dim}" + (
             f" dv{self.head_dim_v}" if self.head_dim_v != self.head_dim else ""
         )
-        mask = self.mask_kind + (f"~{self.window_bucket}" if self.window_bucket else "")
+        edge = "causal " if self.causal and self.mask_kind != "causal" else ""
+        mask = edge + self.mask_kind + (f"~{self.window_bucket}" if self.window_bucket else "")
         extra = [
             name
             for name, on in (("varlen", self.varlen), ("deterministic", self.deterministic))

@@ -190,6 +190,14 @@ def _tier(row: StoredConfig, fingerprint: str, source: str | None) -> int:
     return RUNGS.index("exact" if current else "stale")
 
 
+def _is_answer(row: StoredConfig) -> bool:
+    """Whether a row may be used unmeasured: seeds of another compiler are candidates only."""
+    is_seed = not row.device_fingerprint
+    return not (is_seed and row.toolchain_class) or (
+        row.toolchain_class == toolchain_class(row.backend)
+    )
+
+
 def _search(
     table: _Table,
     kernel_name: str,
@@ -199,10 +207,12 @@ def _search(
 ) -> Found | None:
     """The ladder, for a problem that this process has not met yet."""
     family = device.family
-    rows = [row for row in table.exact.get((kernel_name, key), ()) if row.family == family]
+    group = table.similar.get((kernel_name, family, *key.group), ())
+    similar = [row for row in group if _is_answer(row)]
+    rows = [row for row in similar if row.key == key]
     is_near = not rows
     if is_near:
-        rows = table.similar.get((kernel_name, family, *key.group), [])
+        rows = similar
     if not rows:
         return None
     fingerprint = device.fingerprint
@@ -220,8 +230,20 @@ def _search(
     return Found({} if best.is_default else best.params, "nearest" if is_near else RUNGS[tier])
 
 
+def known(kernel_name: str, family: str) -> list[StoredConfig]:
+    """Everything that is stored or shipped for a kernel on devices of a family."""
+    table = _table or _loaded()
+    return [
+        row
+        for (name, _), rows in table.exact.items()
+        if name == kernel_name
+        for row in rows
+        if row.family == family
+    ]
+
+
 def ranking(names: Sequence[str], problem: AttentionProblem, device: DeviceKey) -> tuple[str, ...]:
-    """The kernels measured on this device for this bucket, fastest first.
+    """The kernels measured on this device, or for the seeds, for this bucket or the nearest.
 
     Args:
         names: kernels to rank, preferred first; on a tie the preferred one comes first.
@@ -229,17 +251,31 @@ def ranking(names: Sequence[str], problem: AttentionProblem, device: DeviceKey) 
         device: where it runs.
 
     Returns:
-        Some of names. Empty if names[0] was never measured here: then nothing can overrule the
-        preference.
+        Some of names, fastest first. Empty if names[0] was not measured near enough: then nothing
+        can overrule the preference.
     """
     table = _table or _loaded()
     if not table.exact or not names:
         return ()
     key, fingerprint = bucket(problem), device.fingerprint
-    times: dict[str, int] = {}
-    for name in names:
-        rows = table.exact.get((name, key), ())
-        here = [row.median_ns for row in rows if row.device_fingerprint == fingerprint]
-        if here:
-            times[name] = min(here)
-    return tuple(sorted(times, key=times.__getitem__)) if names[0] in times else ()
+    for measured_on in (fingerprint, ""):  # "": the seeds' device
+        rows = {
+            name: [
+                row
+                for row in table.similar.get((name, device.family, *key.group), ())
+                if row.device_fingerprint == measured_on and row.median_ns and _is_answer(row)
+            ]
+            for name in names
+        }
+        near = min(
+            (row.key for row in rows[names[0]]), key=lambda k: distance(k, key), default=None
+        )
+        if near is None or distance(near, key) > MAX_DISTANCE:
+            continue
+        times = {
+            name: min(row.median_ns for row in found if row.key == near)
+            for name, found in rows.items()
+            if any(row.key == near for row in found)
+        }
+        return tuple(sorted(times, key=times.__getitem__))
+    return ()

@@ -23,6 +23,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "tune",
         "Find the fastest config of every kernel on this machine and remember it.",
     ),
+    "bench-search": (
+        "portattn.cli.bench_search",
+        "bench_search",
+        "Compare the tuner's searches on recorded times, without the device.",
+    ),
     "show": (
         "portattn.cli.show",
         "show",

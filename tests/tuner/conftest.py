@@ -79,13 +79,23 @@ class FakeKernel(Kernel):
             inputs.output.copy_(answer[1])
             if inputs.lse is not None:
                 inputs.lse.copy_(answer[2])
+        self.spoil(inputs, config)
+        self.last_ns = self.surface(config)
+
+    def spoil(self, inputs, config):
+        """What a wrong kernel leaves."""
         if config.fault == "wrong":
             inputs.output[..., -1, 0] += 0.01
         if config.fault == "unwritten":
             inputs.output[:, :, inputs.output.shape[2] // 2] = float("nan")
+        if config.fault == "oob":
+            inputs.output.untyped_storage()[5] = 0
+        if config.fault == "changes_inputs":
+            inputs.key[0, 0, 0, 0] += 1
+        if config.fault == "wrong_at_edges" and inputs.q_offset < 0:
+            inputs.output[:, :, 0] = 1
         if config.fault == "wrong_when_ragged" and inputs.query.shape[2] % 2:
             inputs.output.mul_(1.001)
-        self.last_ns = self.surface(config)
 
 
 class FakeTimer(Timer):

@@ -9,7 +9,8 @@ from portattn import masks
 from portattn.errors import TuningError
 from portattn.problem import AttentionProblem
 from portattn.tuner import cases
-from portattn.tuner.inputs import make, ragged, rows_of
+from portattn.tuner import inputs as inputs_module
+from portattn.tuner.inputs import edges, make, ragged, rows_of
 
 
 def test_words_make_a_problem():
@@ -110,7 +111,7 @@ def test_ragged_problems_are_small_and_odd(text, lengths, offset):
 
 def test_inputs_have_every_feature_and_rows_keep_their_positions():
     case = cases.parse("b2 h4 kv2 sq5 sk9 d8 float16 causal offset:4 softcap alibi bias sinks lse")
-    inputs = make(case, 0)
+    inputs = make(case, 0).inputs
     assert inputs.output.isnan().all()
     assert inputs.lse.isnan().all()
     assert inputs.bias.shape == (2, 4, 5, 9)
@@ -120,6 +121,34 @@ def test_inputs_have_every_feature_and_rows_keep_their_positions():
     assert part.query.shape[2] == part.lse.shape[2] == part.bias.shape[2] == 2
     lengths = make(
         dataclasses.replace(case, problem=cases.parse("b3 h1 sq2 sk9 d8 kv_lengths").problem), 0
-    ).kv_lengths
+    ).inputs.kv_lengths
     assert lengths[0] == 9
     assert ((lengths >= 4) & (lengths <= 9)).all()
+
+
+def test_edge_problems_have_rows_that_attend_to_nothing_where_the_mask_allows():
+    case = edges(cases.parse("h1 s4096 d8 causal"))
+    assert (case.problem.seqlen_q, case.problem.q_offset) == (67, -5)
+    plan = case.mask.plan(67, 67, q_offset=-5)
+    assert not plan.to_dense()[..., :5, :].any()
+    with_data = cases.parse_json(
+        json.dumps(
+            [{"problem": "h1 s64 d8", "mask": json.loads(masks.documents([0, 9, 64]).to_json())}]
+        )
+    )[0]
+    assert edges(with_data).problem.q_offset == 0
+    decode = edges(cases.parse("b3 h1 sq1 sk512 d8 kv_lengths"))
+    assert decode.problem.q_offset == 0
+    lengths = make(decode, 0, shortest=0).inputs.kv_lengths
+    assert lengths[0] == 131
+    assert 0 <= lengths.min() < 131
+
+
+def test_guards_tell_what_is_written_beside_the_output():
+    made = make(cases.parse("b2 h1 s7 d8 lse"), 0)
+    assert not made.overwritten()
+    made.inputs.output.zero_()
+    made.inputs.lse.zero_()
+    assert not made.overwritten()
+    made.memories[1][inputs_module.GUARD_BYTES - 1] = 0
+    assert made.overwritten()

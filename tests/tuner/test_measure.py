@@ -88,9 +88,10 @@ def test_a_search_proposes_each_config_once_default_and_known_first(fake_config)
         search = Search(configs, [known, fake_config(7, 7)], seed=3)
         course = []
         while not search.exhausted:
-            config = search.ask()
+            proposal = search.ask()
+            config = proposal.config
             course.append(config)
-            search.tell(None if config.unroll else config.block_q + config.block_k)
+            search.tell(proposal, None if config.unroll else config.block_q + config.block_k)
         courses.append(course)
     assert courses[0][:2] == [fake_config(), known]
     assert len(courses[0]) == len(set(courses[0])) == len(configs)
@@ -121,7 +122,8 @@ def test_a_search_finds_the_optimum_of_a_smooth_space_early(fake_config):
         search = Search(configs, [], seed)
         best = 10**9
         for _ in range(60):  # of 384
-            best = min(best, cost(config := search.ask()))
-            search.tell(cost(config))
+            proposal = search.ask()
+            best = min(best, cost(proposal.config))
+            search.tell(proposal, cost(proposal.config))
         found.append(best)
     assert sorted(found)[2] <= 1010

@@ -34,7 +34,8 @@ def test_lengths_share_a_bucket_and_dimensions_do_not(problem, vary):
         (masks.causal(), "causal", True, 0, 0),
         (masks.sliding_window(256), "band", True, 256, 0),
         (masks.local(100, 100), "band", False, 128, 0),
-        (masks.sparse_transformer_strided(128), "band+step", True, 128, 128),
+        (masks.sparse_transformer_strided(128), "band+stride", True, 128, 128),
+        (masks.causal() & masks.KeyModulo(8, 0, 1), "step", True, 0, 8),
         (masks.documents([0, 10, 20]) & masks.causal(), "ids", True, 0, 0),
         (~masks.causal(), "not", True, 0, 0),
     ],
@@ -74,4 +75,4 @@ def test_labels_read_well(problem, vary):
     key = bucket(
         vary(problem, num_kv_heads=2, program=masks.sliding_window(256).program, head_dim_v=32)
     )
-    assert key.label == "b1 h8 kv2 s1024 d64 dv32 float32 band~256"
+    assert key.label == "b1 h8 kv2 s1024 d64 dv32 float32 causal band~256"

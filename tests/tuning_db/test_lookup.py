@@ -10,6 +10,7 @@ import pytest
 
 from portattn import masks
 from portattn.tuning_db import lookup, seeds
+from portattn.tuning_db.identity import toolchain_class
 from portattn.tuning_db.key import bucket
 from portattn.tuning_db.location import locate
 from portattn.tuning_db.snapshot import StoredConfig
@@ -60,10 +61,81 @@ def test_seeds_come_after_the_family_and_before_the_nearest(
     assert lookup.find("cpu_forward", problem, device) == (PARAMS, "family")
 
 
+def seed_of(name, problem, device, time_ns, toolchain=""):
+    return StoredConfig(
+        name, "triton", bucket(problem), {"block_q": time_ns}, device.family,
+        toolchain_class=toolchain, median_ns=time_ns, default_ns=10_000,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def ship(monkeypatch):
+    """Make these seeds the shipped ones."""
+
+    def install(device, *rows):
+        text = seeds.dump(device.family, rows)
+        assert seeds.dump(device.family, seeds.parse(text)) == text
+        monkeypatch.setattr(seeds, "load_all", lambda: (seeds.parse(text), []))
+        lookup.reload()
+
+    yield install
+    monkeypatch.undo()
+    lookup.reload()
+
+
+def test_seeds_of_another_compiler_are_candidates_and_no_answers(ship, problem, device, vary):
+    ship(device, seed_of("a", problem, device, 5000, "triton-0.1"))
+    assert lookup.find("a", problem, device) is None
+    assert lookup.ranking(["a"], problem, device) == ()
+    assert [row.params for row in lookup.known("a", device.family)] == [{"block_q": 5000}]
+    near = vary(problem, seqlen_q=2048, seqlen_k=2048)
+    here = toolchain_class("triton")
+    ship(
+        device,
+        seed_of("a", problem, device, 5000, "triton-0.1"),
+        seed_of("a", near, device, 6000, here),
+    )
+    assert lookup.find("a", problem, device) == ({"block_q": 6000}, "nearest")
+
+
+def test_seeds_rank_kernels_until_this_device_was_measured(
+    ship, fill, make_result, problem, device, vary
+):
+    ship(
+        device,
+        seed_of("cpu_forward", problem, device, 7000),
+        seed_of("rival", problem, device, 5000),
+        seed_of("slow", problem, device, 10_000),
+    )
+    names = ["cpu_forward", "rival", "slow"]
+    near = vary(problem, seqlen_q=2048, seqlen_k=2048)
+    far = vary(problem, seqlen_q=1 << 15, seqlen_k=1 << 15)
+    assert lookup.find("slow", problem, device) == ({}, "seeds")  # the default was best
+    assert lookup.ranking(names, problem, device) == ("rival", "cpu_forward", "slow")
+    assert lookup.ranking(names, near, device) == ("rival", "cpu_forward", "slow")
+    assert lookup.ranking(names, far, device) == ()
+    assert lookup.ranking(["unknown", "rival"], problem, device) == ()
+    fill(make_result(PARAMS))
+    lookup.reload()
+    assert lookup.ranking(names, problem, device) == ("cpu_forward",)
+
+
 def test_shipped_seeds_are_valid():
     rows, problems = seeds.load_all()
     assert problems == []
     assert all(row.origin == "seed" and row.family for row in rows)
+    assert len({(row.family, row.kernel_name, row.key) for row in rows}) == len(rows)
+
+
+def test_every_shipped_seed_is_the_answer_for_its_own_problem(database, device, vary, monkeypatch):
+    rows, _ = seeds.load_all()
+    toolchains = {row.backend: row.toolchain_class for row in rows}
+    monkeypatch.setattr(lookup, "toolchain_class", toolchains.__getitem__)
+    for row in rows:
+        kind, _, arch = row.family.partition("-")
+        there = vary(device, kind=kind, arch=arch)
+        found = lookup._search(lookup._loaded(), row.kernel_name, row.key, there, None)
+        assert found == ({} if row.is_default else row.params, "seeds")
 
 
 @pytest.mark.parametrize(

@@ -55,24 +55,49 @@ def _entry(family: str, entry: object) -> StoredConfig:
     if set(problem) != set(_KEY_NAMES):
         raise ValueError(f"an entry's problem needs exactly the fields {', '.join(_KEY_NAMES)}")
     key = key_from_values([problem[name] for name in _KEY_NAMES])
-    return StoredConfig(entry["kernel"], "", key, check_params(entry.get("config")), family)
+    texts = [entry.get(name, "") for name in ("backend", "source", "toolchain", "device")]
+    times = [entry.get(name, 0) for name in ("median_ns", "default_ns")]
+    if not all(type(text) is str for text in texts):
+        raise ValueError("backend, source, toolchain and device must be strings")
+    if not all(type(time_ns) is int and 0 <= time_ns < 2**62 for time_ns in times):
+        raise ValueError("median_ns and default_ns must be integers that are not negative")
+    backend, source, toolchain, device = texts
+    return StoredConfig(
+        kernel_name=entry["kernel"],
+        backend=backend,
+        key=key,
+        params=check_params(entry.get("config")),
+        family=family,
+        device_name=device,
+        source_sha256=source,
+        toolchain_class=toolchain,
+        median_ns=times[0],
+        default_ns=times[1],
+    )
 
 
 def dump(family: str, rows: Iterable[StoredConfig]) -> str:
-    """The text of a seeds file with these rows."""
+    """The text of a seeds file with these rows: the same rows, the same text."""
     entries = [
         {
             "kernel": row.kernel_name,
+            "backend": row.backend,
             "problem": dataclasses.asdict(row.key),
             "config": row.params,
-            "measured": f"{row.median_ns} ns, default {row.default_ns} ns, "
-            f"kernel source {row.source_sha256[:12]}",
+            "median_ns": row.median_ns,
+            "default_ns": row.default_ns,
+            "source": row.source_sha256,
+            "toolchain": row.toolchain_class,
+            "device": row.device_name,
         }
         for row in rows
         if row.family == family
     ]
-    content = {"format": FORMAT, "version": VERSION, "family": family, "entries": entries}
-    return json.dumps(content, indent=1, sort_keys=True) + "\n"
+    entries.sort(key=lambda entry: json.dumps(entry, sort_keys=True))
+    # One entry a line: a diff shows which problem's config changed.
+    lines = ",\n".join(json.dumps(entry, sort_keys=True) for entry in entries)
+    head = json.dumps({"format": FORMAT, "version": VERSION, "family": family})
+    return f'{head[:-1]}, "entries": [\n{lines}\n]}}\n'
 
 
 def load_all() -> tuple[tuple[StoredConfig, ...], list[str]]:
