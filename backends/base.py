@@ -132,6 +132,14 @@ class Kernel(abc.ABC):
     def unsupported_reasons(self, problem: AttentionProblem) -> list[str]:
         """Why this kernel cannot run the problem, in full clauses; empty if it can."""
 
+    def is_preferred(self, problem: AttentionProblem) -> bool:
+        """Whether it goes before kernels that the registry names first, on a problem it supports.
+
+        What was measured on the device goes before both.
+        """
+        del problem
+        return False
+
     @abc.abstractmethod
     def default_config(self, problem: AttentionProblem) -> Config:
         """A good config without tuning; always feasible when `unsupported_reasons` is empty."""

@@ -173,6 +173,7 @@ def _choose(
     names, is_named = candidates(backend), backend != "auto"
     reasons = {name: why for name in names if (why := refusals(name, problem, is_named=is_named))}
     able = [name for name in names if name not in reasons]
+    able.sort(key=lambda name: not registry.kernel(name).is_preferred(problem))
     if not able:
         raise UnsupportedError(unsupported_message(problem, backend), reasons)
     if isinstance(config, Config):

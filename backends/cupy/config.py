@@ -210,9 +210,9 @@ _HALF_DEFAULTS = (
 )
 # By head dim, before the above for long rows without score terms: 32 rows a warp halve what it
 # reads of K and V from shared memory, and the largest tiles spare barriers and copies. The first
-# of each is the best of a sweep on an H100 (benchmarks/results/h100_sm80_sweep.json), where many
-# heads at a time, the longest items of all of them first, were 2 to 5 % faster on causal rows and
-# no slower on dense ones.
+# of each is the best of a sweep on an H100 (benchmarks/results/h100_sm80_sweep.json) of an earlier
+# state of the kernel, where many heads at a time, the longest items of all of them first, were 2
+# to 5 % faster on causal rows and no slower on dense ones.
 _DENSE_DEFAULTS = {
     64: (
         ForwardSm80Config(128, 128, 4, 1, 2, 16),

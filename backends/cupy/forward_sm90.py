@@ -94,7 +94,8 @@ class CupyForwardSm90(Kernel):
 
     def source_files(self) -> Sequence[str]:
         """The CUDA sources, and what lays out their launches."""
-        own = ("forward_sm90.cu", "direct_store.cuh", "hopper.cuh", "ptx_sm90.cuh", "wgmma.py")
+        device = ("direct_store.cuh", "hopper.cuh", "ptx_sm90.cuh", "softmax_sm90.cuh")
+        own = ("forward_sm90.cu", *device, "wgmma.py")
         python = ("forward_sm90.py", "config_sm90.py", "launch_sm90.py", "launch.py")
         names = (*own, *loader.HEADERS, *python)
         return [str(loader.SOURCE_DIR / name) for name in names]

@@ -12,6 +12,7 @@ from portattn.backends.repeated import call_key, current_device, plan_of
 from portattn.backends.triton import hopper_config as configs
 from portattn.backends.triton.hopper_config import TritonForwardHopperConfig
 from portattn.backends.triton.limits import device_limits
+from portattn.masks.opcodes import BAND, instructions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from portattn.problem import AttentionProblem
 
 _MAX_HEAD_DIM = 256
+_MAX_DECODE_ROWS = 64  # query rows that share keys, up to which decode kernels are faster
 _TRITON_VERSIONS = ((3, 6), (3, 9))  # first and last whose Gluon compiled and was tested
 _SOURCES = (
     "hopper_adapter",
@@ -70,6 +72,14 @@ class TritonForwardHopper(Kernel):
                 f"the mask strides over {sorted(steps)} keys; it takes one stride beside 1"
             )
         return reasons + self._device_reasons(problem)
+
+    def is_preferred(self, problem: AttentionProblem) -> bool:
+        """On dense and causal problems and windows, where it was the fastest in every case.
+
+        Measured on an H100 (benchmarks/results/h100_forward.json); decoding is left to others.
+        """
+        opcodes = {opcode for opcode, _ in instructions(problem.program)}
+        return opcodes <= {BAND} and problem.seqlen_q * problem.group_size > _MAX_DECODE_ROWS
 
     def _device_reasons(self, problem: AttentionProblem) -> list[str]:
         version = tuple(int(part) for part in triton.__version__.split(".")[:2])

@@ -1,5 +1,6 @@
 """Which kernel and which config: preference, refusals, the rungs, and explain()."""
 
+import dataclasses
 import warnings
 
 import pytest
@@ -73,6 +74,17 @@ def test_the_first_that_refuses_nothing():
     )
     assert choice.config == ReferenceConfig()
     assert choice.rung == "default"
+
+
+def test_a_kernel_may_go_first_where_it_is_known_to_be_the_fastest(monkeypatch):
+    monkeypatch.setattr(Second, "is_preferred", lambda self, problem: problem.seqlen_q == 64)
+    assert dispatch.choose(PROBLEM).kernel_name == "second"
+    assert dispatch.choose(PROBLEM, "cpu").kernel_name == "second"
+    shorter = dataclasses.replace(PROBLEM, seqlen_q=32)
+    assert dispatch.choose(shorter).kernel_name == "tuned"
+    monkeypatch.setattr(lookup, "ranking", lambda names, problem, device: ("tuned", "second"))
+    dispatch.clear_cache()
+    assert dispatch.choose(PROBLEM).kernel_name == "tuned"
 
 
 def test_measured_kernels_overrule_the_order(monkeypatch):

@@ -1,6 +1,7 @@
 """The sm_90a kernel without a GPU: its defaults, what fits, what ptxas says of its variants."""
 
 import dataclasses
+import pathlib
 
 import pytest
 import torch
@@ -81,6 +82,16 @@ def test_the_search_space_holds_what_fits():
     assert {
         name: value in space[name] for name, value in default.to_dict().items()
     } == dict.fromkeys(space, True)
+
+
+def test_every_header_counts_for_the_identity():
+    """Else a changed kernel would be taken for the one that was tuned."""
+    variant = configs.variant(
+        "bfloat16", 128, 128, True, NO_TERMS, False, False, ForwardSm90Config()
+    )
+    program = variant.program()
+    names = {pathlib.Path(path).name for path in CupyForwardSm90().source_files()}
+    assert {program.source, *program.headers} <= names
 
 
 def test_masks_of_many_moduli_are_refused():

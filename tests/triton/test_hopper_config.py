@@ -36,6 +36,13 @@ def program(name):
     return () if mask is None else tuple(mask.program)
 
 
+def test_it_goes_first_where_it_was_measured_to_be_the_fastest():
+    preferred = {n for n in MASKS if KERNEL.is_preferred(problem(program=program(n)))}
+    assert preferred == {"dense", "causal", "window"}
+    assert KERNEL.is_preferred(problem(seqlen_q=17))  # 4 heads share keys
+    assert not KERNEL.is_preferred(problem(seqlen_q=16))
+
+
 @pytest.mark.parametrize("name", MASKS)
 def test_defaults_are_feasible(name):
     for head_dim, head_dim_v, seqlen in itertools.product(
