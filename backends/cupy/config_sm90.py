@@ -88,7 +88,7 @@ class Variant:
         head_dim, head_dim_v: padded to a multiple of 32.
         aligned: every row of the output starts at a multiple of 16 bytes.
         softcap, alibi, bias: score terms.
-        scaled: the softmax scale is not positive.
+        scaled: the softmax scale goes to the scores: it is not positive, or next to 0.
         stepped: tiles may have steps above 1.
         config: its compile-time fields matter only.
     """

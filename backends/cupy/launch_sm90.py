@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     Encode = Callable[[int, MapShape], bytes]
 
 _NUM_TICKETS = 2
+# The kernel divides by scale * log2(e), in float32; smaller scales go to the scores instead.
+_LEAST_SCALE = 1e-30
 _EMPTY_MAP = bytes(MAP_BYTES)
 
 
@@ -125,7 +127,7 @@ def prepare(
         min_piece=config.min_piece,
     )
     steps = tuple(_steps_of_pass(plan, schedule, index) for index in range(plan.num_passes))
-    is_scaled = inputs.scale <= 0
+    is_scaled = inputs.scale < _LEAST_SCALE
     variant = configs.variant(
         DTYPE_NAMES[inputs.query.dtype],
         head_dim,
@@ -139,7 +141,7 @@ def prepare(
     on_device = to_device(plan, schedule, inputs.query.device)
     values = input_values(inputs) | plan_values(plan, schedule, on_device)
     values["head_group"] = min(config.head_group, heads)
-    # This kernel leaves the query as it is: a scale that is not positive goes to the scores.
+    # This kernel leaves the query as it is: a scale below the least goes to the scores.
     values["scale_log2"] = inputs.scale * LOG2_E
     if inputs.softcap != 0:
         values["softcap_inverse"] = inputs.scale / inputs.softcap

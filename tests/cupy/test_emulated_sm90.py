@@ -163,6 +163,13 @@ def test_rows_without_keys_that_are_stored_over_the_query(emulated_sm90, monkeyp
         _check(kernel, _tensors(torch.bfloat16, 128, 124, 150), mask, config=config)
 
 
+@pytest.mark.parametrize("scale", [1e-38, 1e-6, 30.0])
+def test_any_scale(emulated_sm90, scale):
+    """Rows' ceilings are in units of the scores: what lies above them is divided by the scale."""
+    tensors = _tensors(torch.float16, 64, 64, 200)
+    _check(emulated_sm90[0], tensors, None, scale=scale)
+
+
 def test_lengths_masks_and_offsets_do_not_compile(emulated_sm90):
     kernel = registry.kernel(emulated_sm90[0])
     kernel.variants.clear()
