@@ -8,7 +8,7 @@ import torch
 import triton
 
 from portattn.backends.base import AttentionInputs, Config, ConfigValue, Kernel, Repeat
-from portattn.backends.repeated import call_key, current_device, plan_of
+from portattn.backends.repeated import current_device, plan_of
 from portattn.backends.triton import hopper_config as configs
 from portattn.backends.triton.hopper_config import TritonForwardHopperConfig
 from portattn.backends.triton.limits import device_limits
@@ -119,14 +119,14 @@ class TritonForwardHopper(Kernel):
         if inputs.output.numel() == 0:
             return None
         # Gluon is imported where it runs: other devices have no use for it.
-        from portattn.backends.triton.hopper_launch import HopperCall
+        from portattn.backends.triton.hopper_launch import HopperCall, hopper_key
 
         own = cast("TritonForwardHopperConfig", config)
         batch, num_heads = inputs.query.shape[:2]
         device = inputs.query.device
         plan = plan_of(inputs, own.block_q, own.block_k)
         with current_device(device):
-            key = call_key(self, inputs, config)
+            key = hopper_key(self, inputs, own)
             call = plan.calls.get(key)
             if call is None:
                 schedule = plan.schedule(

@@ -15,6 +15,7 @@ from portattn.backends.repeated import (
     SINKS,
     SLOPES,
     VALUE,
+    call_key,
 )
 from portattn.backends.stream_memory import arrival_counters
 from portattn.backends.triton.fast_launch import (
@@ -38,7 +39,9 @@ from portattn.backends.triton.limits import device_limits
 from portattn.plan import to_device
 
 if TYPE_CHECKING:
-    from portattn.backends.base import AttentionInputs
+    from collections.abc import Hashable
+
+    from portattn.backends.base import AttentionInputs, Kernel
     from portattn.backends.repeated import RepeatedCall
     from portattn.backends.triton.fast_launch import Describe
     from portattn.backends.triton.hopper_config import TritonForwardHopperConfig
@@ -90,8 +93,16 @@ def _integers(
 _LETTERS = {"q": QUERY, "k": KEY, "v": VALUE, "o": OUTPUT}
 
 
+def hopper_key(
+    kernel: Kernel, inputs: AttentionInputs, config: TritonForwardHopperConfig
+) -> Hashable:
+    """`repeated.call_key`, and which tensors TMA reads: tensor maps have the strides of copies."""
+    tensors = (inputs.query, inputs.key, inputs.value, inputs.output)
+    return call_key(kernel, inputs, config), tuple([is_readable(tensor) for tensor in tensors])
+
+
 class HopperCall(KeptCall):
-    """One kind of call, ready to be repeated (`repeated.call_key`). Thread-safe.
+    """One kind of call, ready to be repeated (`hopper_key`). Thread-safe.
 
     It holds the device's arrays of the plan and the schedule, and neither of the two, which may
     hold it in turn.

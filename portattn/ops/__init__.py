@@ -18,7 +18,13 @@ LIBRARY = torch.library.Library("portattn", "DEF")  # type: ignore[no-untyped-ca
 
 
 def _register() -> None:
-    tags = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
+    tags = (
+        torch.Tag.needs_fixed_stride_order,
+        torch.Tag.pt2_compliant_tag,
+        # Kernels keep plans and counters on the device; those must not be allocated from the pool
+        # of the graph that torch.compile(mode="reduce-overhead") happens to be recording.
+        torch.Tag.cudagraph_unsafe,
+    )
     returns = ", ".join(["Tensor"] * 6)
     LIBRARY.define(f"attention({ARGUMENTS}) -> (Tensor, Tensor)", tags=tags)  # type: ignore[no-untyped-call]
     LIBRARY.define(f"attention_backward({BACKWARD_ARGUMENTS}) -> ({returns})", tags=tags)  # type: ignore[no-untyped-call]

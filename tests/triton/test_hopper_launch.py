@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from portattn import masks
+from portattn.backends import registry
 from portattn.backends.triton import hopper_config, hopper_launch, hopper_maps
 from portattn.backends.triton.aot import example_inputs
 from portattn.backends.triton.hopper_kernel import RUNTIME_PARAMETERS, hopper_forward
@@ -186,3 +187,27 @@ def test_new_lengths_have_no_new_variants(recorded, mask):
             )
         )
     assert len(found) == 1, found
+
+
+def test_calls_that_copy_different_tensors_are_kept_apart():
+    """Their tensor maps have other strides, though all else about them is equal."""
+
+    def inputs(misaligned):
+        made = {}
+        for name in ("query", "key", "value"):
+            storage = torch.zeros(2 * 64 * 4 * 64 + 1, dtype=torch.float16)
+            offset = 1 if name == misaligned else 0
+            made[name] = storage[offset : offset + storage.numel() - 1].view(2, 64, 4, 64)
+        made = {name: tensor.transpose(1, 2) for name, tensor in made.items()}
+        output = torch.zeros(2, 4, 64, 64, dtype=torch.float16)
+        problem = dataclasses.replace(PROBLEM, dtype="float16", batch=2, seqlen_q=64, seqlen_k=64)
+        return dataclasses.replace(example_inputs(problem), output=output, **made)
+
+    config = hopper_config.TritonForwardHopperConfig()
+    kernel = registry.kernel("triton_forward_hopper")
+    keys = [
+        hopper_launch.hopper_key(kernel, inputs(name), config)
+        for name in ("query", "key", "value", "none", "query")
+    ]
+    assert len(set(keys)) == 4
+    assert keys[0] == keys[4]
