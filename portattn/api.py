@@ -219,12 +219,26 @@ def _call_eager(
         not is_plain
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
+        or is_negated(query, key, value, terms)
         or (torch.is_grad_enabled() and requires_grad(query, key, value, terms))
     )
     if not needs_dispatcher:
         return call.run(query, key, value, terms, options)
     describe(query, key, value, terms, options)
     return call_op(query, key, value, terms, options, is_causal=False)
+
+
+def is_negated(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, terms: Terms) -> bool:
+    """Whether a sign is yet to be applied, e.g. that of ``x.conj().imag``; the dispatcher does it."""
+    return (
+        query.is_neg()
+        or key.is_neg()
+        or value.is_neg()
+        or (
+            terms is not NO_TERMS
+            and any(isinstance(term, torch.Tensor) and term.is_neg() for term in terms)
+        )
+    )
 
 
 def _call_traced(

@@ -91,7 +91,9 @@ def advance(
         if IDS:
             k_id = load_key_ids(k_ids_ptr, start, step, seqlen_k, BLOCK_K, SCORES)
         s = masked(s, words, words_other, q_id, k_id, IDS, SCORES, SPLIT)
-    p32, alpha, m, row_sum = softmax_step(s, m, row_sum, factor, SCALED, MASKED)
+    # Infinite keys may leave a row without a finite score in its first tile.
+    GUARD: gl.constexpr = MASKED or OPENING
+    p32, alpha, m, row_sum = softmax_step(s, m, row_sum, factor, SCALED, GUARD)
     if not OPENING:
         if OVERLAPS:
             row_sum = after(row_sum)

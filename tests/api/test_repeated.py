@@ -8,6 +8,7 @@ import struct
 import pytest
 import torch
 
+from portattn import attention
 from portattn.backends import cuda_launch, repeated, stream_memory
 from portattn.backends.base import AttentionInputs
 from portattn.backends.cuda_launch import Launch, Launches, Patch
@@ -196,3 +197,15 @@ def test_without_a_driver_library(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", missing)
     with pytest.raises(PortattnError, match=r"CUDA driver library .* cannot open"):
         cuda_launch.driver.__wrapped__()
+
+
+def test_a_sign_that_is_not_applied_yet_counts():
+    """The memory of ``x.conj().imag`` holds the other sign; also where the call was seen."""
+    query, key, value = (torch.randn(1, 2, 32, 16) for _ in range(3))
+    bias = torch.randn(1, 2, 32, 32, dtype=torch.complex64).conj().imag
+    assert bias.is_neg()
+    plain = bias.clone(memory_format=torch.preserve_format).resolve_neg()
+    expected = attention(query, key, value, bias=plain)
+    assert torch.equal(attention(query, key, value, bias=bias), expected)
+    negated = attention(-query, key, value)
+    assert torch.equal(attention(torch._neg_view(query), key, value), negated)
