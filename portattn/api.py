@@ -229,7 +229,7 @@ def _call_eager(
 
 
 def is_negated(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, terms: Terms) -> bool:
-    """Whether a sign is yet to be applied, e.g. that of ``x.conj().imag``; the dispatcher does it."""
+    """Whether a sign is yet to be applied (``x.conj().imag``), which the dispatcher does."""
     return (
         query.is_neg()
         or key.is_neg()
