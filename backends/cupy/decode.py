@@ -140,9 +140,10 @@ class CupyDecode(Kernel):
             DTYPE_NAMES[query.dtype], query.shape[3], value.shape[3], rows, aligned, terms, config
         )
         min_piece = config.min_rounds * configs.key_groups(rows, config)
+        num_rows = _num_rows(query.shape[0], key.shape[1], rows)
         strips = _num_strips(query.shape[0], key.shape[1], rows, key.shape[2], config.block_k)
         most = config.blocks_per_sm * self._num_sms(inputs)
-        workers = max(min(most, -(-strips // min_piece)), 1)
+        workers = even_workers(num_rows, max(min(most, -(-strips // min_piece)), 1))
         values = _values(inputs, rows, variant.block_q)
         values |= {"min_piece": min_piece, "num_workers": workers}
         launch = self._make_launch(variant, query.device, [pack(values, _HEADER)])
@@ -181,10 +182,30 @@ class CupyDecode(Kernel):
         return device_launch(function, arguments, threads, shared, self.name)
 
 
+def _num_rows(batch: int, num_kv_heads: int, rows: int) -> int:
+    """Rows of work: blocks of query rows of every KV head."""
+    return batch * num_kv_heads * -(-rows // configs.block_q(rows))
+
+
 def _num_strips(batch: int, num_kv_heads: int, rows: int, seqlen_k: int, block_k: int) -> int:
     """Most strips that a call can have."""
-    row_blocks = -(-rows // configs.block_q(rows))
-    return batch * num_kv_heads * row_blocks * max(-(-seqlen_k // block_k), 1)
+    return _num_rows(batch, num_kv_heads, rows) * max(-(-seqlen_k // block_k), 1)
+
+
+def even_workers(num_rows: int, most: int) -> int:
+    """Blocks to launch: where sequences are equally long, shares that end with rows need no merge.
+
+    A tenth of the SMs may idle for it: fewer of them read at the same rate
+    (docs/decisions/0007-decode-divides-on-the-device.md).
+
+    Args:
+        num_rows: rows of work: batch times KV heads times blocks of query rows.
+        most: blocks that fit the device and find enough keys.
+    """
+    for workers in range(most, most - most // 10 - 1, -1):
+        if workers > 0 and (num_rows % workers == 0 or workers % num_rows == 0):
+            return workers
+    return most
 
 
 def _reciprocal(divisor: int) -> tuple[int, int]:
