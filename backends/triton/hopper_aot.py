@@ -96,7 +96,8 @@ def _signature(
             rows, width = boxes[tensor]
             signature[name] = f"tensordesc<{_TYPES[dtype]}[1, 1, 1, {rows}, {width}],{layout}>"
         elif name.endswith("_ptr"):
-            signature[name] = "*fp32" if name in _FLOATS else "*i32"
+            types = dict.fromkeys(_FLOATS, "*fp32") | {"out_ptr": f"*{_TYPES[dtype]}"}
+            signature[name] = types.get(name, "*i32")
         else:
             signature[name] = parameter.annotation_type
     return signature, constants

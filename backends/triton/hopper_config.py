@@ -31,7 +31,9 @@ _SHORT_SEQUENCE = 2048
 _BAND = 1
 _RANGES = (2, 3)  # KEY_RANGE, QUERY_RANGE
 _MODULI = (4, 5)  # KEY_MODULO, DIFF_MODULO
-_FINE = (4, 5, 6, 7, 8, 9, 10)  # those, and the patterns of blocks and positions
+_POSITIONS = (4, 5, 7, 8)  # those, and KEY_SET, QUERY_SET
+_KEY_BLOCK = {6: 0, 9: 0, 10: 2}  # BLOCK_BAND, RANDOM_BLOCKS, BLOCK_TABLE: which operand is it
+_WIDE = 128  # keys of the wider tiles
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -72,11 +74,16 @@ def tile_steps(program: Sequence[int]) -> frozenset[int]:
 def _is_fine(program: Sequence[int]) -> bool:
     """Whether a mask's pattern leaves tiles of 64 keys clearly fewer keys to visit than of 128.
 
-    Windows and documents do not: their tiles are as full.
+    Windows and documents do not, nor blocks of 128 keys: their tiles are as full.
     """
     found = list(instructions(program))
     window = any(all(map(is_bound, operands)) for opcode, operands in found if opcode == _BAND)
-    return any(opcode in _FINE or (window and opcode in _RANGES) for opcode, _ in found)
+    return any(
+        opcode in _POSITIONS
+        or (window and opcode in _RANGES)
+        or (opcode in _KEY_BLOCK and operands[_KEY_BLOCK[opcode]] % _WIDE != 0)
+        for opcode, operands in found
+    )
 
 
 def output_in_query(problem_widths: tuple[int, int], config: TritonForwardHopperConfig) -> bool:

@@ -121,6 +121,7 @@ def consumer(W: gl.constexpr, args, FLAGS: gl.constexpr):
     BLOCK_Q: gl.constexpr = FLAGS[0]
     NUM_STAGES: gl.constexpr = FLAGS[1]
     OUT_IN_QUERY: gl.constexpr = FLAGS[2]
+    HEAD_DIM_V: gl.constexpr = FLAGS[13]
     STEPPED: gl.constexpr = FLAGS[3]
     IDS: gl.constexpr = FLAGS[4]
     PIECES: gl.constexpr = FLAGS[5]
@@ -285,6 +286,7 @@ def consumer(W: gl.constexpr, args, FLAGS: gl.constexpr):
         out_rows = q_start + out_rows * q_step
         # A padding item (NUM_ROWS = 0) is nobody's row, whatever its other fields.
         writes = num_rows > W * ROWS
+        whole = (num_rows >= (W + 1) * ROWS) | (first_row + num_rows * q_step >= seqlen_q)
         if PIECES:
             num_pieces = gl.load(item + NUM_PIECES)
             if writes & (num_pieces > 1):
@@ -298,9 +300,10 @@ def consumer(W: gl.constexpr, args, FLAGS: gl.constexpr):
             barrier()
         if writes:
             finish(
-                out, lse, out_buffer, out_rows, row_ok, batch, head, num_heads, q_start, q_step,
-                seqlen_q, sinks_ptr, out_maps, lse_ptr, lse_stride_b, lse_stride_h, lse_stride_s,
-                running_out_ptr, running_lse_ptr, OUT, STEPPED, FIRST, LAST, SINKS, STORE_LSE,
+                out, lse, out_buffer, out_rows, row_ok, whole, batch, head, num_heads, q_start,
+                q_step, seqlen_q, sinks_ptr, out_maps, lse_ptr, lse_stride_b, lse_stride_h,
+                lse_stride_s, running_out_ptr, running_lse_ptr, OUT, HEAD_DIM_V, STEPPED, FIRST,
+                LAST, SINKS, STORE_LSE,
             )  # fmt: skip
         if OUT_IN_QUERY:
             copy_out_wait(0)

@@ -30,7 +30,8 @@ which nobody takes (`after`).
 An item without tiles takes one of nothing, so that the phases need no exception.
 
 Rows are read and written by TMA, whose per-head, per-residue maps (hopper_maps.py) fill and clip
-the rows that do not exist. What it does not do: float32, bias, kv_lengths, gradients.
+the rows that do not exist; threads write the rows of a tile that other rows follow. What it does
+not do: float32, bias, kv_lengths, gradients.
 """
 
 # Triton's types are not Python's, and a constexpr `if` is decided while compiling.
@@ -144,7 +145,7 @@ def producer(args, CONSUMERS: gl.constexpr, NUM_STAGES: gl.constexpr, STEPPED: g
 
 # Every parameter that must not specialise: new lengths, strides and addresses reuse the variant.
 RUNTIME_PARAMETERS = [
-    "lse_ptr", "running_out_ptr", "running_lse_ptr", "slots_out_ptr", "slots_lse_ptr",
+    "out_ptr", "lse_ptr", "running_out_ptr", "running_lse_ptr", "slots_out_ptr", "slots_lse_ptr",
     "counters_ptr", "items_ptr", "full_list_ptr", "tiles_ptr", "bits_ptr", "ranges_ptr",
     "layouts_ptr", "layout_ids_ptr", "q_ids_ptr", "k_ids_ptr", "slopes_ptr", "sinks_ptr",
     "q_residues", "k_residues", "lse_stride_b", "lse_stride_h", "lse_stride_s", "slopes_stride_b",
@@ -157,7 +158,7 @@ RUNTIME_PARAMETERS = [
 @gluon.jit(do_not_specialize=RUNTIME_PARAMETERS)
 def hopper_forward(
     q_desc, q_short, k_desc, k_long, k_short, v_desc, v_long, v_short, out_desc, out_short,
-    lse_ptr, running_out_ptr, running_lse_ptr, slots_out_ptr, slots_lse_ptr, counters_ptr,
+    out_ptr, lse_ptr, running_out_ptr, running_lse_ptr, slots_out_ptr, slots_lse_ptr, counters_ptr,
     items_ptr, full_list_ptr, tiles_ptr, bits_ptr, ranges_ptr, layouts_ptr, layout_ids_ptr,
     q_ids_ptr, k_ids_ptr, slopes_ptr, sinks_ptr,
     lse_stride_b: tl.int64, lse_stride_h: tl.int64, lse_stride_s: tl.int64,
@@ -172,7 +173,7 @@ def hopper_forward(
     OUT_IN_QUERY: gl.constexpr, STEPPED: gl.constexpr,
     IDS: gl.constexpr, PIECES: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr,
     SCALED: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, SINKS: gl.constexpr,
-    STORE_LSE: gl.constexpr,
+    STORE_LSE: gl.constexpr, HEAD_DIM_V: gl.constexpr,
 ):  # fmt: skip
     """Maps are [batch, heads, residues, rows, width]; *_residues count those of the long map."""
     DTYPE: gl.constexpr = q_desc.dtype
@@ -221,7 +222,7 @@ def hopper_forward(
     score_args = (
         q_offset, scale, softcap, slopes_ptr, slopes_stride_b, slopes_stride_h, sinks_ptr
     )  # fmt: skip
-    out_maps = (out_desc, out_short, q_residues)
+    out_maps = (out_desc, out_short, q_residues, out_ptr)
     out_args = (
         out_maps, lse_ptr, lse_stride_b, lse_stride_h, lse_stride_s, running_out_ptr,
         running_lse_ptr,
@@ -241,7 +242,7 @@ def hopper_forward(
     )  # fmt: skip
     FLAGS: gl.constexpr = (
         BLOCK_Q, NUM_STAGES, OUT_IN_QUERY, STEPPED, IDS, PIECES, FIRST, LAST, SCALED,
-        SOFTCAP, ALIBI, SINKS, STORE_LSE,
+        SOFTCAP, ALIBI, SINKS, STORE_LSE, HEAD_DIM_V,
     )  # fmt: skip
     if CONSUMERS == 2:
         gl.warp_specialize(

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 # The kernel's first parameters: descriptors, then addresses.
 _POINTERS = (
     "q_desc", "q_short", "k_desc", "k_long", "k_short", "v_desc", "v_long", "v_short", "out_desc",
-    "out_short", "lse_ptr", "running_out_ptr", "running_lse_ptr", "slots_out_ptr",
+    "out_short", "out_ptr", "lse_ptr", "running_out_ptr", "running_lse_ptr", "slots_out_ptr",
     "slots_lse_ptr", "counters_ptr", "items_ptr", "full_list_ptr", "tiles_ptr", "bits_ptr",
     "ranges_ptr", "layouts_ptr", "layout_ids_ptr", "q_ids_ptr", "k_ids_ptr", "slopes_ptr",
     "sinks_ptr",
@@ -217,7 +217,7 @@ def _repeated(
     pieces: bool,
     passes: bool,
 ) -> tuple[RepeatedLaunch, str]:
-    """A pass's launch, and the first letters of the tensors that its descriptors are of.
+    """A pass's launch, and the first letters of the tensors that it reads and writes.
 
     The tensors that move are in `HopperCall.run`'s order.
     """
@@ -230,7 +230,8 @@ def _repeated(
         (passes, ("running_out_ptr", "running_lse_ptr")),
         (True, ("counters_ptr",)),
     )
-    moving: dict[str, Describe | None] = dict(maps)
+    of_tensors: dict[str, Describe | None] = {**maps, "out_ptr": None}
+    moving = dict(of_tensors)
     for is_there, names in optional:
         moving |= dict.fromkeys(names) if is_there else {}
     fixed: dict[str, Any] = {
@@ -259,4 +260,4 @@ def _repeated(
         compile_options(variant.block_q),
         inputs.query.device,
     )
-    return made, "".join(name[0] for name in maps)
+    return made, "".join(name[0] for name in of_tensors)

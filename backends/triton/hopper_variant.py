@@ -55,6 +55,7 @@ class HopperVariant:
     alibi: bool
     sinks: bool
     store_lse: bool
+    head_dim_v: int
 
     def values(self) -> tuple[int | bool, ...]:
         """The fields, in order."""
@@ -116,4 +117,5 @@ def make_variant(
         alibi,
         inputs.sinks is not None,
         inputs.lse is not None,
+        inputs.value.shape[3],
     )

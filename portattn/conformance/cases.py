@@ -204,6 +204,7 @@ PRESETS = (
     Case("streaming_llm", mask=lambda: masks.streaming_llm(4, 30)),
     Case("documents", mask=lambda: masks.documents([0, 50, 51, 130, 200])),
     Case("documents_causal", mask=lambda: masks.documents([0, 90, 200]), is_causal=True),
+    _lengths("documents_long", 421, 421, mask=lambda: masks.documents([0, 170, 421])),
     Case(
         "documents_end",
         mask=lambda: masks.documents([0, 90, 120, 200]),

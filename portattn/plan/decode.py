@@ -54,13 +54,13 @@ def decode(plan: Plan, layout: int) -> np.ndarray[Any, np.dtype[np.int32]]:
         own = row[0] + step * (block_col if plan.transposed else block_row)
         for tile in plan.tiles[row[2] : row[3]]:
             other = tile[0] + tile[1] * (block_row if plan.transposed else block_col)
-            _add(plan, layout, count, own, other, tile)
+            _add(plan, layout, count, own, int(row[1]), other, tile)
         for start, tile_step, number, stride in plan.runs[row[4] : row[5]]:
             for n in range(number):
                 other = (
                     start + n * stride + tile_step * (block_row if plan.transposed else block_col)
                 )
-                _add(plan, layout, count, own, other, None)
+                _add(plan, layout, count, own, int(row[1]), other, None)
     return count
 
 
@@ -69,10 +69,18 @@ def _add(
     layout: int,
     count: IntArray,
     own: IntArray,
+    num_own: int,
     other: IntArray,
     tile: IntArray | None,
 ) -> None:
+    """Count a tile: its row's own queries (or keys), of which the first `num_own` exist."""
     query, key = (other, own) if plan.transposed else (own, other)
+    rows, cols = query < plan.seqlen_q, key < plan.seqlen_k
+    own_exist = np.arange(len(own)) < num_own
+    if plan.transposed:
+        cols = own_exist
+    else:
+        rows = own_exist
     if tile is None:
         kept = np.ones((plan.block_q, plan.block_k), bool)
     else:
@@ -83,11 +91,10 @@ def _add(
             np.minimum(query, plan.seqlen_q - 1),
             np.minimum(key, plan.seqlen_k - 1),
         )
-    rows, cols = query < plan.seqlen_q, key < plan.seqlen_k
     if tile is not None and tile[2] == tile[3] and (kept[~rows].any() or kept[:, ~cols].any()):
         raise MaskError("plan keeps a row or key that does not exist")
-    if tile is None and not plan.transposed and not cols.all():
-        raise MaskError("plan has a full tile past seqlen_k")
+    if tile is None and not cols.all():
+        raise MaskError("plan has a full tile with a key that does not exist")
     count[np.ix_(query[rows], key[cols])] += kept[np.ix_(rows, cols)]
 
 
@@ -125,13 +132,11 @@ def validate(plan: Plan) -> None:
 
 
 def _validate_entries(plan: Plan) -> None:
-    other = plan.block_q if plan.transposed else plan.block_k
     for name in ("tiles", "runs"):
         array = getattr(plan, name)
-        unaligned = (array[:, 0] // np.maximum(array[:, 1], 1)) % other != 0
-        bad = (array[:, 0] < 0) | (array[:, 1] < 1) | unaligned
+        bad = (array[:, 0] < 0) | (array[:, 1] < 1)
         if bad.any():
-            raise MaskError(f"plan.{name} has an unaligned entry {array[bad][0].tolist()}")
+            raise MaskError(f"plan.{name} has an entry {array[bad][0].tolist()}")
     named = plan.tiles[:, 2:]
     if named.size and not (named.min() >= BITS_EMPTY and named.max() < plan.num_bit_tiles):
         raise MaskError(f"plan.tiles names a bit tile outside 0..{plan.num_bit_tiles - 1}")
@@ -146,10 +151,9 @@ def _validate_rows(plan: Plan, layout: int, index: int, step: int) -> None:
     at = index * plan.num_layouts + layout
     seen = np.zeros(length, np.int64)
     for row in plan.rows[plan.row_ptr[at] : plan.row_ptr[at + 1]]:
-        numbers = row[0] + step * np.arange(block)
-        numbers = numbers[numbers < length]
-        if len(numbers) != row[1]:
-            raise MaskError(f"plan row {row.tolist()} has {len(numbers)} rows that exist")
+        numbers = row[0] + step * np.arange(row[1])
+        if not 1 <= row[1] <= block or not 0 <= row[0] <= numbers[-1] < length:
+            raise MaskError(f"plan row {row.tolist()} has rows that do not exist")
         seen[numbers] += 1
     if not (seen == 1).all():
         raise MaskError(f"pass {index} of layout {layout} does not cover every row once")

@@ -11,6 +11,8 @@ from portattn.plan import Plan, to_device
 from portattn.plan import device as plan_device
 
 CPU = torch.device("cpu")
+# What all see beside the documents keeps tiles on the grid, with ids.
+SHORT = masks.documents([0, 20, 64]) | masks.KeyRange(0, 1)
 
 
 def plan_of(mask, seqlen=64, seqlen_q=None, q_offset=0, block=16):
@@ -38,7 +40,7 @@ def count_copies(monkeypatch):
 
 def test_plan_and_schedule_go_in_one_copy(monkeypatch):
     copies = count_copies(monkeypatch)
-    plan = plan_of(masks.documents([0, 20, 64]))
+    plan = plan_of(SHORT)
     schedule = schedule_of(plan)
     plan_on, schedule_on = to_device(plan, schedule, CPU)
     assert len(copies) == 1
@@ -66,15 +68,14 @@ def test_unknown_arrays_are_attribute_errors():
 
 def test_ids_that_rows_and_keys_share_are_stored_once(monkeypatch):
     copies = count_copies(monkeypatch)
-    packed = masks.documents([0, 20, 64])
-    same = plan_of(packed)
+    same = plan_of(SHORT)
     assert (same.q_ids == same.k_ids).all()
     assert same.q_ids.ctypes.data == same.k_ids.ctypes.data
     assert (same.transpose().q_ids == same.k_ids).all()
     on_device = same.to(CPU)
     assert on_device.address("q_ids") == on_device.address("k_ids")
     assert torch.equal(on_device.k_ids, torch.from_numpy(same.k_ids.copy()))
-    shifted = plan_of(packed, seqlen_q=40, q_offset=24)
+    shifted = plan_of(SHORT, seqlen_q=40, q_offset=24)
     assert shifted.q_ids.shape == (1, 40)
     assert shifted.to(CPU).address("q_ids") != shifted.to(CPU).address("k_ids")
     assert copies[0] < copies[1]

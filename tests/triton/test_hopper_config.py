@@ -64,6 +64,9 @@ def test_defaults_follow_the_problem():
     assert causal.block_k == 128
     assert configs.default_for(problem(program=program("window"))).block_k == 128
     assert configs.default_for(problem(program=program("longformer"))).block_k == 64
+    for block, block_k in ((128, 128), (256, 128), (64, 64), (192, 64)):
+        drawn = problem(program=tuple(masks.RandomBlocks(block, 8, 0).program))
+        assert configs.default_for(drawn).block_k == block_k
     tall = configs.default_for(problem(head_dim=64, head_dim_v=64))
     assert tall.block_q == (192 if triton.__version__.startswith("3.6.") else 128)
     short = problem(

@@ -11,13 +11,22 @@
 namespace portattn {
 
 struct VectorHash {
+    // Four chains, because a bit tile is long and a multiplication takes its time.
     size_t operator()(const std::vector<i64>& key) const {
-        uint64_t h = 0x9E3779B97F4A7C15ULL;
-        for (i64 x : key) {
-            h = (h ^ static_cast<uint64_t>(x)) * 0xBF58476D1CE4E5B9ULL;
-            h ^= h >> 29;
+        constexpr uint64_t kFactor = 0xBF58476D1CE4E5B9ULL;
+        uint64_t h[4] = {key.size(), 1, 2, 3};
+        size_t n = 0;
+        for (; n + 4 <= key.size(); n += 4)
+            for (size_t lane = 0; lane < 4; ++lane) {
+                h[lane] = (h[lane] ^ static_cast<uint64_t>(key[n + lane])) * kFactor;
+                h[lane] ^= h[lane] >> 29;
+            }
+        for (; n < key.size(); ++n) h[0] = (h[0] ^ static_cast<uint64_t>(key[n])) * kFactor;
+        for (size_t lane = 1; lane < 4; ++lane) {
+            h[0] = (h[0] ^ h[lane]) * kFactor;
+            h[0] ^= h[0] >> 29;
         }
-        return static_cast<size_t>(h);
+        return static_cast<size_t>(h[0]);
     }
 };
 
@@ -40,19 +49,20 @@ class BitStore {
                   block_k = plan_.view.block_k;
         std::vector<i64> key(static_cast<size_t>((block_q * words + 1) / 2), 0);
         auto* bits = reinterpret_cast<uint32_t*>(key.data());
-        i64 kept = 0;
+        uint64_t any = 0, missing = 0;
         for (i64 r = 0; r < matrix.rows; ++r) {
             for (i64 w = 0; w * 64 < num_keys; ++w) {
                 const i64 left = num_keys - w * 64;
-                const uint64_t word =
-                    matrix.row(r)[w] & (left >= 64 ? ~uint64_t{0} : (uint64_t{1} << left) - 1);
-                kept += __builtin_popcountll(word);
+                const uint64_t exist = left >= 64 ? ~uint64_t{0} : (uint64_t{1} << left) - 1;
+                const uint64_t word = matrix.row(r)[w] & exist;
+                any |= word;
+                missing |= word ^ exist;
                 bits[r * words + 2 * w] = static_cast<uint32_t>(word);
                 if (2 * w + 1 < words) bits[r * words + 2 * w + 1] = static_cast<uint32_t>(word >> 32);
             }
         }
-        if (kept == 0) return PA_BITS_EMPTY;
-        if (kept == matrix.rows * block_k) return PA_BITS_FULL;
+        if (!any) return PA_BITS_EMPTY;
+        if (!missing && num_keys == block_k) return PA_BITS_FULL;
         auto found = ids_.emplace(std::move(key), static_cast<int32_t>(ids_.size()));
         if (found.second) store(reinterpret_cast<const uint32_t*>(found.first->first.data()));
         return found.first->second;
@@ -69,13 +79,18 @@ class BitStore {
                 "joined by & instead of several"};
         plan_.bits.insert(plan_.bits.end(), bits, bits + block_q * words);
         for (i64 panel = 0; panel < block_q; panel += 16) {
+            const uint32_t* row = bits + panel * words;
+            seen_.assign(row, row + words);
+            for (i64 r = panel + 1; r < std::min(panel + 16, block_q); ++r) {
+                row += words;
+                for (i64 w = 0; w < words; ++w) seen_[static_cast<size_t>(w)] |= row[w];
+            }
             int32_t first = INT32_MAX, last = 0;
-            for (i64 r = panel; r < std::min(panel + 16, block_q); ++r)
-                for (i64 w = 0; w < words; ++w)
-                    if (const uint32_t word = bits[r * words + w]) {
-                        first = std::min(first, static_cast<int32_t>(32 * w + __builtin_ctz(word)));
-                        last = std::max(last, static_cast<int32_t>(32 * w + 32 - __builtin_clz(word)));
-                    }
+            for (i64 w = 0; w < words; ++w)
+                if (const uint32_t word = seen_[static_cast<size_t>(w)]) {
+                    first = std::min(first, static_cast<int32_t>(32 * w + __builtin_ctz(word)));
+                    last = static_cast<int32_t>(32 * w + 32 - __builtin_clz(word));
+                }
             plan_.bit_ranges.push_back(last ? first : 0);
             plan_.bit_ranges.push_back(last);
         }
@@ -83,6 +98,7 @@ class BitStore {
 
     pa_plan& plan_;
     i64 max_bytes_;
+    std::vector<uint32_t> seen_;  // by any row of a panel
     std::unordered_map<std::vector<i64>, int32_t, VectorHash> ids_;
 };
 

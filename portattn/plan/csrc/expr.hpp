@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "portattn.h"
@@ -63,6 +64,13 @@ struct Segments {
     std::vector<Run> k_runs;      // over keys [0, seqlen_k)
     std::vector<int32_t> id_ptr;  // CSR: key runs of each id
     std::vector<int32_t> id_runs;
+
+    // The numbers of the key runs of an id >= 0, in order.
+    std::pair<const int32_t*, const int32_t*> runs_of(int32_t id) const {
+        const auto at = static_cast<size_t>(id);
+        return {id_runs.data() + id_ptr[at], id_runs.data() + id_ptr[at + 1]};
+    }
+    const Run& k_run(int32_t number) const { return k_runs[static_cast<size_t>(number)]; }
 };
 
 // One node. Leaves carry their operands; And/Or carry children. Not is pushed into `negated` when resolved.

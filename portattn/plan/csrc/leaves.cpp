@@ -95,11 +95,8 @@ void segment_spans(const Expr& node, const QueryTile& rows, const KeyClass& keys
     size_t run = find_run(s.q_runs, rows.first);
     if (rows.last() < s.q_runs[run].end) {
         if (s.q_runs[run].id < 0) return;
-        const auto id = static_cast<size_t>(s.q_runs[run].id);
-        for (int32_t n = s.id_ptr[id]; n < s.id_ptr[id + 1]; ++n) {
-            const Segments::Run& found = s.k_runs[static_cast<size_t>(s.id_runs[static_cast<size_t>(n)])];
-            push(node.outer, keys, clip, found.begin, found.end);
-        }
+        for (auto [n, end] = s.runs_of(s.q_runs[run].id); n != end; ++n)
+            push(node.outer, keys, clip, s.k_run(*n).begin, s.k_run(*n).end);
         node.inner = node.outer;
         return;
     }

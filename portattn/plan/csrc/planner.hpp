@@ -15,6 +15,8 @@ struct pa_plan {
     mutable pa_plan_view view{};
     std::vector<int32_t> layouts, layout_ids, pass_steps, row_ptr, rows, tiles, runs, bit_ranges;
     std::vector<uint32_t> bits;
+    // Of each layout: the ids in whose runs its tiles of step 1 begin; null: tiles lie on the grid.
+    std::vector<std::shared_ptr<const portattn::Segments>> documents;
     // The rows of q_ids and k_ids as runs; whether the two are the same.
     std::vector<std::shared_ptr<const portattn::Segments>> id_rows;
     bool has_same_ids = true;

@@ -50,8 +50,8 @@ class Scheduler {
             reset();
             for (int32_t pass = 0; pass < plan_.num_passes; ++pass) add_pass(pass, factor);
             const i64 slots = out_.view.num_slots;
-            const i64 bytes =
-                args_.batch * args_.num_heads * slots * plan_.block_q * (args_.head_dim_v + 1) * 4;
+            const i64 rows = plan_.transposed ? plan_.block_k : plan_.block_q;
+            const i64 bytes = args_.batch * args_.num_heads * slots * rows * (args_.head_dim_v + 1) * 4;
             out_.view.workspace_bytes = bytes;
             if (slots == 0 || bytes <= args_.max_workspace_bytes) return;
             if (factor > (i64{1} << 40)) throw PlanError{"workspace bound cannot be met"};
@@ -253,8 +253,6 @@ class Scheduler {
 }  // namespace
 
 pa_schedule* make_schedule(const pa_plan& plan, const pa_schedule_args& args) {
-    if (plan.view.transposed)
-        throw PlanError{"a transposed plan has no forward schedule; use the forward plan"};
     auto out = std::make_unique<pa_schedule>();
     Scheduler(plan, args, *out).run();
     pa_schedule_view& v = out->view;

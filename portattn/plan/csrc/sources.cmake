@@ -1,5 +1,6 @@
 target_sources(portattn PRIVATE
     portattn/plan/csrc/abi.cpp
+    portattn/plan/csrc/documents.cpp
     portattn/plan/csrc/expr.cpp
     portattn/plan/csrc/leaves.cpp
     portattn/plan/csrc/pack.cpp
