@@ -93,7 +93,13 @@ class AttentionGradients:
 
 
 class Repeat(Protocol):
-    """A call that a kernel has seen, for other tensors with equal metadata."""
+    """A call that a kernel has seen, for other tensors with equal metadata.
+
+    Attributes:
+        is_renewable: whether `renewed` may do something.
+    """
+
+    is_renewable: bool
 
     def again(
         self,
@@ -110,6 +116,16 @@ class Repeat(Protocol):
             query, key, value, output, lse: as in AttentionInputs; dtypes, shapes, strides and
                 device are those of the call that was seen.
             terms: kv_lengths, alibi_slopes, bias and sinks; None where it had none of them.
+        """
+
+    def renewed(
+        self, mask: Mask | None, q_offset: int, seqlen_q: int, seqlen_k: int
+    ) -> Repeat | None:
+        """The same call with another mask; None where only `Kernel.run` can prepare it.
+
+        Args:
+            mask: of the same program as the one that was seen, with other data.
+            q_offset, seqlen_q, seqlen_k: of the call that was seen.
         """
 
 

@@ -8,22 +8,26 @@ also into tensor maps, and asks the driver, which needs neither CuPy nor Triton.
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import functools
 import struct
 import threading
-from ctypes import POINTER, c_int32, c_int64, c_uint8, c_uint32, c_void_p
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from ctypes import POINTER, c_void_p
+from typing import TYPE_CHECKING, Any
 
-from portattn import native
+from portattn.backends.launch_layout import (
+    Field,
+    Launch,
+    NativeLaunch,
+    Patch,
+    lay_out,
+    native_launch,
+)
 from portattn.errors import PortattnError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-# A tensor map must lie at a multiple of 64 bytes; structs that hold some are as large.
-_ALIGN, _MAP_ALIGN = 16, 128
-_MAX_BYTES, _MAX_ARGUMENTS = 8192, 256  # PA_LAUNCH_MAX_... in launch.h
+__all__ = ["Field", "Launch", "Launches", "Patch", "check", "driver", "driver_functions"]
 
 
 @functools.cache
@@ -83,89 +87,6 @@ def _enter_context(device_index: int) -> None:
     _threads.entered = True
 
 
-class Patch(NamedTuple):
-    """What changes in a launch's arguments from call to call.
-
-    Attributes:
-        argument: index of the kernel's parameter.
-        at: where in it, in bytes.
-        source: which of the call's addresses.
-        offset: bytes added to it.
-        is_map: a tensor map, which gets the address; else 8 bytes, which are the address.
-    """
-
-    argument: int
-    at: int
-    source: int
-    offset: int = 0
-    is_map: bool = False
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Launch:
-    """One launch of a kernel.
-
-    Attributes:
-        function: the driver's handle (CUfunction), loaded on the device.
-        arguments: the bytes of each kernel parameter, in order.
-        grid, threads: blocks, and threads of each; both one-dimensional. 0 blocks are no launch.
-        shared_bytes: dynamic shared memory of a block.
-        name: of the kernel, for messages.
-        patches: what each call writes into the arguments.
-        keep: whatever must live as long as the launch, e.g. the module.
-        functions: what launches it in place of `driver_functions`.
-    """
-
-    function: int
-    arguments: Sequence[bytes]
-    grid: int
-    threads: int
-    shared_bytes: int
-    name: str
-    patches: Sequence[Patch] = ()
-    keep: object = None
-    functions: tuple[int, int] | None = None
-
-
-class _NativePatch(ctypes.Structure):
-    """pa_patch."""
-
-    _fields_: ClassVar = [
-        ("at", c_int32),
-        ("source", c_int32),
-        ("offset", c_int64),
-        ("is_map", c_int32),
-        ("reserved", c_int32),
-    ]
-
-
-class _NativeLaunch(ctypes.Structure):
-    """pa_launch."""
-
-    _fields_: ClassVar = [
-        ("struct_size", c_uint32),
-        ("abi_version", c_uint32),
-        ("function", c_void_p),
-        ("arguments", POINTER(c_uint8)),
-        ("starts", POINTER(c_int32)),
-        ("patches", POINTER(_NativePatch)),
-        ("num_bytes", c_int32),
-        ("num_arguments", c_int32),
-        ("num_patches", c_int32),
-        ("grid", c_uint32),
-        ("threads", c_uint32),
-        ("shared_bytes", c_uint32),
-    ]
-
-
-@functools.cache
-def _native_launch() -> Any:  # noqa: ANN401  # a ctypes function
-    function = native.library().portattn_launch
-    function.argtypes = [c_void_p, c_int64, c_void_p, c_void_p, ctypes.c_char_p, c_void_p]
-    function.restype = c_int64
-    return function
-
-
 class Launches:
     """Launches of one call, ready to be repeated one after the other. Thread-safe."""
 
@@ -192,13 +113,30 @@ class Launches:
                 "cuTensorMapReplaceAddress: install a driver of CUDA 12 or later"
             )
         self._pack = struct.Struct(f"={num_sources}Q").pack
-        self._device_index, self._call = device_index, _native_launch()
-        self._native = (_NativeLaunch * len(self._launches))()
+        self._device_index, self._call = device_index, native_launch()
+        self._native = (NativeLaunch * len(self._launches))()
         self._keep = [
-            _lay_out(launch, made)
+            lay_out(launch, made)
             for launch, made in zip(self._launches, self._native, strict=True)
         ]
+        self._functions = functions
         self._fixed = (ctypes.addressof(self._native), len(self._launches), *functions)
+
+    def renewed(self, numbers: Mapping[str, int]) -> Launches:
+        """The same launches for another plan; its numbers by the names of the fields."""
+        made = object.__new__(Launches)
+        made.__dict__.update(self.__dict__)
+        made._native = type(self._native).from_buffer_copy(self._native)
+        made._keep = []
+        for launch, native, memory in zip(self._launches, made._native, self._keep, strict=True):
+            arguments = type(memory.arguments).from_buffer_copy(memory.arguments)
+            for name, at, pack in memory.fields:
+                pack(arguments, at, numbers[name])
+            native.arguments = ctypes.addressof(arguments)
+            native.grid = min(numbers["num_work"], launch.most_blocks)
+            made._keep.append(memory._replace(arguments=arguments))
+        made._fixed = (ctypes.addressof(made._native), len(self._launches), *self._functions)
+        return made
 
     def run(self, addresses: Sequence[int], stream: int) -> None:
         """Launch on a stream of the device (torch's ``cuda_stream``, an integer).
@@ -219,42 +157,9 @@ class Launches:
     def _fail(self, status: int) -> None:
         if status < 0:
             raise PortattnError("libportattn has another pa_launch; reinstall portattn")
-        launch = self._launches[status >> 32]
+        launch, blocks = self._launches[status >> 32], self._native[status >> 32].grid
         check(
             status & 0xFFFFFFFF,
-            f"launching {launch.name} with {launch.grid} blocks of {launch.threads} threads and "
+            f"launching {launch.name} with {blocks} blocks of {launch.threads} threads and "
             f"{launch.shared_bytes} bytes of shared memory",
         )
-
-
-def _lay_out(launch: Launch, made: _NativeLaunch) -> tuple[object, ...]:
-    """Fill in a pa_launch; returns what it points to."""
-    starts, content = [], bytearray()
-    for argument in launch.arguments:
-        align = _MAP_ALIGN if len(argument) >= _MAP_ALIGN else _ALIGN
-        content += bytes(-len(content) % align)
-        starts.append(len(content))
-        content += argument
-    if len(content) > _MAX_BYTES or len(starts) > _MAX_ARGUMENTS:
-        raise PortattnError(
-            f"{launch.name} has {len(starts)} arguments of {len(content)} bytes; launch.h has "
-            f"room for {_MAX_ARGUMENTS} of {_MAX_BYTES}"
-        )
-    memory = (c_uint8 * max(len(content), 1)).from_buffer_copy(content or b"\0")
-    firsts = (c_int32 * max(len(starts), 1))(*starts)
-    patches = (_NativePatch * max(len(launch.patches), 1))(
-        *[
-            _NativePatch(
-                starts[patch.argument] + patch.at, patch.source, patch.offset, patch.is_map
-            )
-            for patch in launch.patches
-        ]
-    )
-    made.struct_size, made.abi_version = ctypes.sizeof(_NativeLaunch), native.ABI_VERSION
-    made.function, made.grid, made.threads = launch.function, launch.grid, launch.threads
-    made.shared_bytes, made.num_bytes = launch.shared_bytes, len(content)
-    made.num_arguments, made.num_patches = len(starts), len(launch.patches)
-    made.arguments = ctypes.cast(memory, POINTER(c_uint8))
-    made.starts = ctypes.cast(firsts, POINTER(c_int32))
-    made.patches = ctypes.cast(patches, POINTER(_NativePatch))
-    return memory, firsts, patches

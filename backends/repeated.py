@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from portattn.backends.renewal import plan_again
 from portattn.backends.stream_memory import (
     MAX_STREAMS,
     arrival_counters,
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
     from portattn.backends.base import AttentionInputs, Config, Kernel
     from portattn.backends.cuda_launch import Launches
+    from portattn.backends.renewal import Renewal
+    from portattn.masks import Mask
     from portattn.plan import DevicePlan, DeviceSchedule, Plan
 
 _VECTOR_BYTES = 16
@@ -94,11 +97,12 @@ class RepeatedCall:
 
     Attributes:
         used: whether it ran since the plan cache last asked.
+        is_renewable: whether `renewed` may do something.
     """
 
     __slots__ = (
         "__weakref__", "_device", "_guard", "_index", "_launches", "_num_counters", "_on_device",
-        "_places", "_scratch_floats", "_scratch_kept", "used",
+        "_places", "_renewal", "_scratch_floats", "_scratch_kept", "is_renewable", "used",
     )  # fmt: skip
 
     def __init__(
@@ -111,6 +115,7 @@ class RepeatedCall:
         num_counters: int = 0,
         num_launches: int = 1,
         guard: Callable[[], bool] | None = None,
+        renewal: Renewal | None = None,
     ) -> None:
         """Nothing is launched yet.
 
@@ -122,13 +127,15 @@ class RepeatedCall:
             num_counters: arrival counters; see `arrival_counters`.
             num_launches: how many launches there are.
             guard: whether `again` may be used, asked each time.
+            renewal: how other masks are planned for the launches; see renewal.py.
         """
         self._launches, self._device, self._on_device = launches, device, tuple(on_device)
         self._index = device.index if device.type == "cuda" else None
         self._scratch_floats, self._num_counters = scratch_floats, num_counters
         # Launches of two threads may alternate on a stream: what lies between two is each call's.
         self._scratch_kept = num_launches == 1 and scratch_floats <= _MAX_KEPT_SCRATCH
-        self._guard, self.used = guard, True
+        self._guard, self._renewal, self.used = guard, renewal, True
+        self.is_renewable = renewal is not None
         # Stream -> memory (held) and addresses of scratch and counters there.
         self._places: dict[int, tuple[object, int, int]] = {}
 
@@ -216,6 +223,38 @@ class RepeatedCall:
         self._launches.run((*at, lse_at, *more, place[1], place[2]), stream)
         self.used = True
         return True
+
+    def renewed(
+        self, mask: Mask | None, q_offset: int, seqlen_q: int, seqlen_k: int
+    ) -> RepeatedCall | None:
+        """See `Repeat.renewed`; the plan of the mask, which is cached, keeps the call."""
+        if self._renewal is None or self._is_capturing():
+            return None
+        if self._index is not None and torch._C._cuda_getDevice() != self._index:
+            return None
+        stream = self._stream()
+        place = self._places.get(stream)
+        if place is None:
+            for arrays in self._on_device:
+                arrays.use()
+            place = self._place(stream, False)
+        new = plan_again(self._renewal, mask, q_offset, seqlen_q, seqlen_k, self._device)
+        if new is None:
+            return None
+        made = RepeatedCall(
+            self._launches.renewed(new.numbers),
+            self._device,
+            on_device=new.on_device,
+            num_counters=self._num_counters,
+            guard=self._guard,
+            renewal=self._renewal,
+        )
+        for arrays in new.on_device:
+            arrays.use()
+        # Of the current stream alone: others have not waited for the plan's arrays.
+        made._places[stream] = place
+        new.plan.keep_call(made, made)
+        return made
 
     def _stream(self) -> int:
         return 0 if self._index is None else current_stream(self._index)

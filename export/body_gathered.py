@@ -54,7 +54,7 @@ class GatheredBody:
         self.scorer = scorer
         self.cover = cover
         self.reads_tables = any(
-            node.opcode in (Opcode.BLOCK_TABLE, Opcode.SEGMENTS)
+            node.opcode in (Opcode.BLOCK_TABLE, Opcode.SEGMENTS, Opcode.DOCUMENTS)
             for node in scorer.expression.walk()
         )
         inputs, block = scorer.inputs, cover.block

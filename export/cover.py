@@ -195,7 +195,7 @@ def _data_cover(node: Expression, block: int, facts: DataFacts) -> Cover | None:
         slot = node.operands[0]
         degree = facts.table_degrees[slot] if slot < len(facts.table_degrees) else None
         return None if degree is None else _empty(block, tables=frozenset({(slot, degree)}))
-    if node.opcode is Opcode.SEGMENTS:
+    if node.opcode in (Opcode.SEGMENTS, Opcode.DOCUMENTS):
         for *slots, low, high in facts.segment_bands:
             if tuple(slots) == node.operands and low <= high:
                 return Cover(block, *_block_offsets(low, high, block))

@@ -36,6 +36,7 @@ class Opcode(enum.IntEnum):
     NOT = 15
     PER_HEAD = 16
     PER_BATCH = 17
+    DOCUMENTS = 18
 
 
 # Operands of each primitive; NOT has one child, the other combinators say how many.
@@ -53,6 +54,7 @@ _OPERANDS = {
     Opcode.BLOCK_TABLE: 3,
     Opcode.SEGMENTS: 2,
     Opcode.KEY_LENGTHS: 1,
+    Opcode.DOCUMENTS: 1,
 }
 
 

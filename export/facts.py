@@ -23,13 +23,13 @@ class DataFacts:
         set_sizes: length of each tensor's last axis; None where it is dynamic.
         table_degrees: for each tensor that is a constant block table, the most key blocks that a
             row of it keeps for any head or batch; None for others.
-        segment_bands: (query slot, key slot, low, high): low <= key - query <= high wherever the
-            two constant ids are equal.
+        segment_bands: (slots of the primitive, low, high): low <= key - query <= high wherever
+            two constant ids are equal, or positions are in the same constant document.
     """
 
     set_sizes: tuple[int | None, ...] = ()
     table_degrees: tuple[int | None, ...] = ()
-    segment_bands: tuple[tuple[int, int, int, int], ...] = ()
+    segment_bands: tuple[tuple[int, ...], ...] = ()
 
 
 def data_facts(
@@ -39,7 +39,7 @@ def data_facts(
 ) -> DataFacts:
     """The facts of a mask whose data has these shapes and, where they are known, these values."""
     degrees: list[int | None] = [None] * len(shapes)
-    bands = []
+    bands: list[tuple[int, ...]] = []
     for node in expression.walk():
         if node.opcode is Opcode.BLOCK_TABLE:
             table = constants[node.operands[0]]
@@ -51,6 +51,11 @@ def data_facts(
             if query_ids is not None and key_ids is not None:
                 slot_q, slot_k = node.operands
                 bands.append((slot_q, slot_k, *_band(query_ids, key_ids)))
+        if node.opcode is Opcode.DOCUMENTS:
+            bounds = constants[node.operands[0]]
+            if bounds is not None:
+                reach = int(np.diff(bounds).max()) - 1
+                bands.append((*node.operands, -reach, reach))
     sizes = tuple(shape[-1] if shape else None for shape in shapes)
     return DataFacts(sizes, tuple(degrees), tuple(bands))
 

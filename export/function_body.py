@@ -136,6 +136,7 @@ def _check_data(expression: Expression, signature: NodeSignature) -> None:
         Opcode.BLOCK_TABLE: 1,
         Opcode.SEGMENTS: 2,
         Opcode.KEY_LENGTHS: 1,
+        Opcode.DOCUMENTS: 1,
     }
     for node in expression.walk():
         for slot in node.operands[: slots.get(node.opcode, 0)]:

@@ -13,6 +13,7 @@ import numpy as np
 from onnx import TensorProto
 
 from portattn.errors import ExportError
+from portattn.export.document_ids import document_ids
 from portattn.export.expression import NO_LOWER, NO_UPPER, Expression, Opcode
 from portattn.export.random_blocks import drawn_blocks
 
@@ -86,6 +87,7 @@ class PredicateWriter:
         self._emitter = emitter
         self._data = data
         self._members: dict[int, Value] = {}
+        self._document_ids: dict[int, Value] = {}
 
     def write(self, expression: Expression, at: Coordinates) -> Predicate:
         """The predicate of an expression at these positions."""
@@ -164,6 +166,7 @@ class PredicateWriter:
             Opcode.BLOCK_TABLE: lambda: self._block_table(operands, at),
             Opcode.SEGMENTS: lambda: self._segments(operands, at),
             Opcode.KEY_LENGTHS: lambda: self._key_lengths(operands, at),
+            Opcode.DOCUMENTS: lambda: self._documents(operands[0], at),
         }
         writer = writers.get(expression.opcode)
         return self._arithmetic(expression, at) if writer is None else writer()
@@ -234,6 +237,13 @@ class PredicateWriter:
                 ids = self._data[slot].value.gather(index, 1).unsqueeze(1)
             sides.append(ids)
         return Predicate(sides[0].equals(sides[1]), per_batch_head=by_batch)
+
+    def _documents(self, slot: int, at: Coordinates) -> Predicate:
+        if slot not in self._document_ids:
+            self._document_ids[slot] = document_ids(self._emitter, self.positions(slot))
+        ids, sides = self._document_ids[slot], (at.table_query or at.query, at.table_key or at.key)
+        query, key = (ids.gather(self._inside(side), 0) for side in sides)
+        return Predicate(query.equals(key))
 
     def _block_table(self, operands: Sequence[int], at: Coordinates) -> Predicate:
         slot, block_q, block_k = operands

@@ -1,8 +1,8 @@
 """One attention call from tensors to the kernel: check, choose, run.
 
 Everything that depends on metadata only (shapes, strides, dtypes, devices, options) is checked and
-chosen once and then remembered, with what the kernel gave to repeat the call: such a call costs
-one dictionary look-up, its output's allocation and the launch.
+chosen once and then remembered, with what the kernel gave to repeat the call, which then costs a
+look-up, its output's allocation and the launch. Another mask of the same program adds its plan.
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ import torch
 from portattn import dispatch, validation
 from portattn.backends import registry
 from portattn.backends.base import AttentionGradients, AttentionInputs, Kernel
-from portattn.preparation import NO_TERMS, Options, Prepared, Terms, prepare
+from portattn.masks import Mask
+from portattn.preparation import (
+    NO_TERMS,
+    Options,
+    Prepared,
+    Terms,
+    fill_keyless,
+    fill_keyless_gradients,
+    prepare,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,30 +40,45 @@ def _nothing() -> None:
 
 
 @dataclasses.dataclass(slots=True)
-class _Remembered:
-    """What a call's metadata mean.
+class _Family:
+    """What the metadata of calls mean that differ in the data of their masks only.
 
     Attributes:
         prepared: the checked call.
         kernel: what runs it; None where nothing is to be computed.
         is_output_alike: the output has the query's shape and strides.
-        repeat: a weak reference to what repeats it: plans own that, and may go.
+        latest: a weak reference to what was last made to repeat one and may be made over.
     """
 
     prepared: Prepared
     kernel: Kernel | None
     is_output_alike: bool
+    latest: Callable[[], Repeat | None] = _nothing
+
+
+@dataclasses.dataclass(slots=True)
+class _Remembered:
+    """What a call's metadata mean.
+
+    Attributes:
+        family: with other masks of the same program.
+        repeat: a weak reference to what repeats it: plans own that, and may go.
+    """
+
+    family: _Family
     repeat: Callable[[], Repeat | None] = _nothing
 
 
 # Emptied when full: a program has few distinct calls, or endlessly many that do not come back
 # (decoding).
 _remembered: dict[tuple[Any, ...], _Remembered] = {}
+_families: dict[tuple[Any, ...], _Family] = {}
 
 
 def clear_cache() -> None:
     """Forget prepared calls and kernel choices, e.g. after the tuning database changed."""
     _remembered.clear()
+    _families.clear()
     dispatch.clear_cache()
 
 
@@ -67,20 +91,39 @@ def run(
         The output, and the LSE or None.
     """
     call = _remember(query, key, value, terms, options)
-    output = torch.empty_like(query) if call.is_output_alike else empty_output(query, value)
+    alike = call.family.is_output_alike
+    output = torch.empty_like(query) if alike else empty_output(query, value)
     lse = None
     if options.return_lse:
         lse = torch.empty(query.shape[:3], dtype=lse_dtype(query), device=query.device)
     repeat = call.repeat()
+    if repeat is None:
+        repeat = _renewed(call, query, key, options)
     if repeat is None or not repeat.again(
         query, key, value, output, lse, None if terms is NO_TERMS else terms
     ):
-        made = _compute(call, query, key, value, terms, options, output, lse)
+        made = _compute(call.family, query, key, value, terms, options, output, lse)
         # What was made for misaligned tensors would serve the others too, slower.
         addresses = query.data_ptr() | key.data_ptr() | value.data_ptr() | output.data_ptr()
         if made is not None and addresses % 16 == 0:
             call.repeat = weakref.ref(made)
+            if made.is_renewable:
+                call.family.latest = call.repeat
     return output, lse
+
+
+def _renewed(
+    call: _Remembered, query: torch.Tensor, key: torch.Tensor, options: Options
+) -> Repeat | None:
+    """What repeats another call of the family, made over for this one's mask."""
+    latest = call.family.latest()
+    if latest is None or options.mask is None:
+        return None
+    q_offset = call.family.prepared.q_offset
+    made = latest.renewed(options.mask, q_offset, query.shape[2], key.shape[2])
+    if made is not None:
+        call.repeat = call.family.latest = weakref.ref(made)
+    return made
 
 
 def run_into(
@@ -94,7 +137,7 @@ def run_into(
 ) -> None:
     """`run` into the caller's tensors, for tests and tuning; lse as options ask for it."""
     call = _remember(query, key, value, terms, options)
-    _compute(call, query, key, value, terms, options, output, lse)
+    _compute(call.family, query, key, value, terms, options, output, lse)
 
 
 def run_backward(
@@ -108,9 +151,13 @@ def run_backward(
     gradients: AttentionGradients,
 ) -> None:
     """Write the gradients that are asked for."""
+    backend = dispatch.backward_backend(options.backend)
+    # A config is the forward's, unless the one kernel that was named does both.
+    if backend != options.backend or backend not in registry.KERNELS:
+        options = options._replace(backend=backend, config=None)
     prepared = prepare(query, key, value, terms, options, needs_grad=True)
     if prepared.choice is None:
-        _fill_keyless_gradients(gradients, terms.sinks)
+        fill_keyless_gradients(gradients, terms.sinks)
         return
     kernel = registry.kernel(prepared.choice.kernel_name)
     inputs = _inputs(prepared, query, key, value, terms, options, output, lse)
@@ -139,28 +186,51 @@ def _remember(
     try:
         metadata = (
             query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride(),
-            query.dtype, key.dtype, value.dtype, query.device, key.device, value.device, options,
-            None if terms is NO_TERMS else _signature(terms),
+            query.dtype, key.dtype, value.dtype, query.device, key.device, value.device,
+            None if terms is NO_TERMS else _signature(terms), options,
         )  # fmt: skip
         found = _remembered.get(metadata)
     except (RuntimeError, TypeError):  # no strides, or a mask that is none and has no hash
         prepare(query, key, value, terms, options)
         raise
     if found is None:
-        prepared = prepare(query, key, value, terms, options)
+        if len(_remembered) >= _MAX_REMEMBERED:
+            _remembered.clear()
+        family = _family(query, key, value, terms, options, metadata)
+        found = _remembered[metadata] = _Remembered(family)
+    return found
+
+
+def _family(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    terms: Terms,
+    options: Options,
+    metadata: tuple[Any, ...],
+) -> _Family:
+    """The calls that this one's mask could be exchanged with."""
+    mask, program = options.mask, None
+    if isinstance(mask, Mask):  # else it is none, or `prepare` refuses it
+        program = mask.program, mask.batch, mask.num_heads
+        options = options._replace(mask=None)
+    of_family = (*metadata[:-1], options, program)
+    found = _families.get(of_family)
+    if found is None:
+        prepared = prepare(query, key, value, terms, options._replace(mask=mask))
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             validation.check_strides(name, tensor)
         kernel = None if prepared.choice is None else registry.kernel(prepared.choice.kernel_name)
         like, made = torch.empty_like(query), empty_output(query, value)
         is_alike = like.shape == made.shape and like.stride() == made.stride()
-        if len(_remembered) >= _MAX_REMEMBERED:
-            _remembered.clear()
-        found = _remembered[metadata] = _Remembered(prepared, kernel, is_alike)
+        if len(_families) >= _MAX_REMEMBERED:
+            _families.clear()
+        found = _families[of_family] = _Family(prepared, kernel, is_alike)
     return found
 
 
 def _compute(
-    call: _Remembered,
+    call: _Family,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -172,7 +242,7 @@ def _compute(
     """Returns what repeats the call for equal metadata, the output's strides among them."""
     choice = call.prepared.choice
     if call.kernel is None or choice is None:
-        _fill_keyless(output, lse, terms.sinks)
+        fill_keyless(output, lse, terms.sinks)
         return None
     inputs = _inputs(call.prepared, query, key, value, terms, options, output, lse)
     repeat = call.kernel.run(inputs, choice.config)
@@ -228,22 +298,3 @@ def _inputs(
         sinks=sinks,
         deterministic=options.deterministic,
     )
-
-
-def _fill_keyless(
-    output: torch.Tensor, lse: torch.Tensor | None, sinks: torch.Tensor | None
-) -> None:
-    """The result where there are no keys: 0, and an LSE of -inf or the sink."""
-    output.zero_()
-    if lse is not None:
-        lse.copy_(torch.full_like(lse, -torch.inf) if sinks is None else sinks[:, None])
-
-
-def _fill_keyless_gradients(gradients: AttentionGradients, sinks: torch.Tensor | None) -> None:
-    """Without keys only the LSE depends on an input: on the sink, one to one."""
-    for name in ("query", "key", "value", "alibi_slopes", "bias", "sinks"):
-        target = getattr(gradients, name)
-        if target is not None:
-            target.zero_()
-    if gradients.sinks is not None and gradients.lse is not None:
-        gradients.sinks.copy_(gradients.lse.sum((0, 2)))

@@ -121,6 +121,18 @@ def candidates(backend: str) -> list[str]:
     return names
 
 
+def backward_backend(backend: str) -> str:
+    """Whose kernels compute the gradients of a call that was given this backend argument.
+
+    Outputs and LSEs are the same whoever computed them: a kernel without a backward leaves the
+    gradients to all kernels of its backend.
+    """
+    entry = registry.KERNELS.get(backend)
+    if entry is None or registry.missing_packages(backend):
+        return backend
+    return backend if registry.kernel(backend).has_backward else entry[0]
+
+
 def refusals(name: str, problem: AttentionProblem, *, is_named: bool = True) -> tuple[str, ...]:
     """Why a kernel cannot run a problem here; empty if it can.
 

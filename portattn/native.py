@@ -4,6 +4,7 @@ import ctypes
 import functools
 import importlib.resources
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from portattn.errors import NativeLibraryError
@@ -48,3 +49,20 @@ def library() -> ctypes.CDLL:
 def error_buffer() -> "ctypes.Array[ctypes.c_char]":
     """A buffer for the error message of one native call."""
     return ctypes.create_string_buffer(_ERROR_BYTES)
+
+
+class Handle:
+    """Something that the library made, destroyed with this.
+
+    Attributes:
+        address: of it.
+    """
+
+    __slots__ = ("_destroy", "address")
+
+    def __init__(self, address: int, destroy: Callable[[int], object]) -> None:
+        """Take ownership."""
+        self.address, self._destroy = address, destroy
+
+    def __del__(self) -> None:
+        self._destroy(self.address)

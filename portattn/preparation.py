@@ -14,7 +14,7 @@ from portattn.masks import resolve_q_offset
 from portattn.problem import AttentionProblem
 
 if TYPE_CHECKING:
-    from portattn.backends.base import Config
+    from portattn.backends.base import AttentionGradients, Config
     from portattn.masks import Mask
 
 
@@ -186,3 +186,22 @@ def _is_finite(number: object) -> TypeGuard[float]:
     if isinstance(number, (torch.SymFloat, torch.SymInt)):
         return True
     return isinstance(number, (int, float)) and math.isfinite(number)
+
+
+def fill_keyless(
+    output: torch.Tensor, lse: torch.Tensor | None, sinks: torch.Tensor | None
+) -> None:
+    """Write the result where there are no keys: 0, and an LSE of -inf or the sink."""
+    output.zero_()
+    if lse is not None:
+        lse.copy_(torch.full_like(lse, -torch.inf) if sinks is None else sinks[:, None])
+
+
+def fill_keyless_gradients(gradients: AttentionGradients, sinks: torch.Tensor | None) -> None:
+    """Write the gradients: without keys only the LSE depends on an input, on the sink."""
+    for name in ("query", "key", "value", "alibi_slopes", "bias", "sinks"):
+        target = getattr(gradients, name)
+        if target is not None:
+            target.zero_()
+    if gradients.sinks is not None and gradients.lse is not None:
+        gradients.sinks.copy_(gradients.lse.sum((0, 2)))

@@ -152,6 +152,12 @@ def _segments(draw, sizes):
     )
 
 
+def _documents(draw, sizes):
+    size = max(sizes.positions, sizes.seqlen_k)
+    cuts = draw(st.lists(st.integers(0, size), max_size=6))
+    return masks.Documents([0, *sorted(cuts), size + draw(st.integers(0, 3))])
+
+
 def _key_lengths(draw, sizes):
     one = st.integers(0, sizes.seqlen_k + 3)
     return masks.KeyLengths(draw(st.lists(one, min_size=sizes.batch, max_size=sizes.batch)))
@@ -170,7 +176,7 @@ _ANYWHERE = (
     _query_set,
     _random_blocks,
 )
-_NEED_POSITIONS_INSIDE = (_block_table, _segments)
+_NEED_POSITIONS_INSIDE = (_block_table, _segments, _documents)
 
 
 def _primitive(draw, sizes):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,10 +17,13 @@ if TYPE_CHECKING:
     from portattn.problem import AttentionProblem
 
 # Opcodes of docs/formats.md whose operands are slots of data.
-WITH_DATA = frozenset({7, 8, 10, 11, 12})
+WITH_DATA = frozenset({7, 8, 10, 11, 12, 18})
 # Those whose meaning depends on the number of heads or sequences, or may.
 BY_COUNT = frozenset({10, 11, 12, 16, 17})
 _BEFORE = 5  # query rows before the first key
+# Scores computed in float64 for one problem, and rows of one block.
+_MAX_SCORES = 1 << 22
+_BLOCK_ROWS = 64
 GUARD_BYTES = 4096  # before and behind what a kernel writes
 GUARD_BYTE = 0xA5
 
@@ -123,6 +127,25 @@ def rows_of(inputs: AttentionInputs, start: int, stop: int) -> AttentionInputs:
         bias=None if inputs.bias is None else inputs.bias[:, :, start:stop],
         q_offset=inputs.q_offset + start,
     )
+
+
+def row_blocks(case: Case) -> list[tuple[int, int]]:
+    """Blocks of rows worth checking within the bound: the first, the last, and some between."""
+    problem = case.problem
+    rows = _MAX_SCORES // max(problem.batch * problem.num_heads * problem.seqlen_k, 1)
+    rows = max(min(rows, problem.seqlen_q), min(8, problem.seqlen_q))
+    if rows >= problem.seqlen_q:
+        return [(0, problem.seqlen_q)]
+    if "kv_lengths" in problem.features:
+        return [(problem.seqlen_q - rows, problem.seqlen_q)]
+    size = max(min(_BLOCK_ROWS, rows // 3), 1)
+    last = problem.seqlen_q - size
+    starts = {
+        0,
+        last,
+        *(random.Random(0).randrange(last + 1) for _ in range(max(rows // size - 2, 1))),
+    }
+    return [(start, start + size) for start in sorted(starts)]
 
 
 def _odd(size: int, most: int) -> int:

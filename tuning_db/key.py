@@ -27,6 +27,7 @@ MAX_DISTANCE = 4.0
 _KIND = {
     1: "band", 2: "range", 3: "range", 4: "step", 5: "stride", 6: "blocks", 7: "set", 8: "set",
     9: "random", 10: "table", 11: "ids", 12: "lengths", 15: "not", 16: "heads", 17: "batch",
+    18: "ids",
 }  # fmt: skip
 _KEYED_FEATURES = ("alibi", "bias", "sinks", "softcap")
 

@@ -101,7 +101,15 @@ def forward_call(
         grid, params = prepared.pass_params(index)
         content, map_patches = (None, ()) if maps is None else maps(index)
         launch = make_launch([params] if content is None else [params, content])
-        launches.append(dataclasses.replace(launch, grid=grid, patches=[*patches, *map_patches]))
+        launches.append(
+            dataclasses.replace(
+                launch,
+                grid=grid,
+                patches=[*patches, *map_patches],
+                fields=prepared.plan_fields() if prepared.renewal else (),
+                most_blocks=prepared.most_blocks,
+            )
+        )
     return RepeatedCall(
         Launches(launches, num_sources=repeated.NUM_SOURCES, device_index=device.index or 0),
         device,
@@ -109,4 +117,5 @@ def forward_call(
         scratch_floats=total,
         num_counters=prepared.num_counters,
         num_launches=len(launches),
+        renewal=prepared.renewal,
     )

@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
+from portattn.backends.cuda_launch import Field
 from portattn.backends.cupy import config as configs
-from portattn.backends.cupy.params import pack, pointer
+from portattn.backends.cupy.params import offset_of, pack, pointer
+from portattn.backends.renewal import MOST_BLOCKS, PLAN_ARRAYS, SCHEDULE_ARRAYS, renewal_of
 from portattn.plan import to_device
 from portattn.plan.abi import ITEM_FIELDS
 
 if TYPE_CHECKING:
     from portattn.backends.base import AttentionInputs
     from portattn.backends.cupy.config import ForwardSm80Config, Variant
+    from portattn.backends.renewal import Renewal
     from portattn.plan import DevicePlan, DeviceSchedule, Plan, Schedule
 
 LOG2_E = 1.4426950408889634
@@ -39,6 +42,7 @@ class Launch(Generic[VariantT]):
         scratch_sizes: floats of piece_output, piece_lse, running_output and running_lse, rounded
             up so that each starts at a multiple of 16 bytes.
         num_counters: int32 arrival counters of all heads.
+        renewal: how other masks are planned for the launch; None where it cannot be reused.
     """
 
     variant: VariantT
@@ -49,6 +53,20 @@ class Launch(Generic[VariantT]):
     num_passes: int
     scratch_sizes: tuple[int, int, int, int]
     num_counters: int
+    renewal: Renewal | None
+
+    @property
+    def most_blocks(self) -> int:
+        """The largest grid of a pass."""
+        return MOST_BLOCKS
+
+    def plan_fields(self) -> list[Field]:
+        """Where a pass's arguments have numbers of the plan."""
+        addresses = (*PLAN_ARRAYS, *SCHEDULE_ARRAYS)
+        return [
+            *(Field(0, offset_of(name), name) for name in addresses),
+            Field(0, offset_of("num_items"), "num_items", is_address=False),
+        ]
 
     def pass_params(self, index: int) -> tuple[int, bytes]:
         """Blocks to launch for a pass, and the kernel's argument without its scratch memory."""
@@ -97,6 +115,7 @@ def prepare(
         plan.num_passes,
         scratch_sizes(plan, schedule, heads, head_dim_v),
         heads * schedule.num_counters,
+        renewal_of(plan, schedule),
     )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from portattn.backends.cuda_launch import Patch
+from portattn.backends.cuda_launch import Field, Patch
 from portattn.backends.cupy import config_sm90 as configs
 from portattn.backends.cupy.launch import (
     DTYPE_NAMES,
@@ -20,6 +20,7 @@ from portattn.backends.cupy.launch import (
     scratch_sizes,
 )
 from portattn.backends.cupy.tensor_map import MAP_BYTES, map_shape
+from portattn.backends.renewal import MOST_BLOCKS, renewal_of
 from portattn.backends.repeated import KEY, QUERY, VALUE
 from portattn.errors import UnsupportedError
 from portattn.plan import to_device
@@ -56,10 +57,20 @@ class HopperLaunch(Launch[configs.Variant]):
     steps: tuple[tuple[int, tuple[int, ...]], ...]
     workers: int
 
+    @property
+    def most_blocks(self) -> int:
+        """See `Launch.most_blocks`."""
+        return self.workers if self.config.persistent else MOST_BLOCKS
+
+    def plan_fields(self) -> list[Field]:
+        """See `Launch.plan_fields`."""
+        work = Field(1, self._maps_bytes(), "num_work", is_address=False)
+        return [*super(HopperLaunch, self).plan_fields(), work]
+
     def pass_params(self, index: int) -> tuple[int, bytes]:
         """Blocks to launch for a pass, and the struct Params without its scratch memory."""
         work, params = super(HopperLaunch, self).pass_params(index)
-        return (min(work, self.workers) if self.config.persistent else work), params
+        return min(work, self.most_blocks), params
 
     def num_work(self, index: int) -> int:
         """Items of a pass over all heads."""
@@ -154,6 +165,7 @@ def prepare(
         plan.num_passes,
         scratch_sizes(plan, schedule, heads, head_dim_v),
         heads * schedule.num_counters + _NUM_TICKETS,
+        renewal_of(plan, schedule),
         config,
         steps,
         workers,

@@ -29,7 +29,7 @@ _MAX_ACCUMULATORS = 192
 _MAX_SCALAR_FMAS = 512
 _MAX_GROUP_BYTES = 16 << 20
 
-_SPARSE_OPCODES = frozenset({4, 5, 6, 7, 8, 9, 10, 11})
+_SPARSE_OPCODES = frozenset({4, 5, 6, 7, 8, 9, 10, 11, 18})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -13,9 +13,7 @@ buffers, and all launches while hooks are set (profilers use them).
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import inspect
 import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -23,14 +21,17 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from triton import knobs
 
-from portattn.backends.cuda_launch import Launch, Launches, Patch
+from portattn.backends.cuda_launch import Field, Launch, Launches, Patch
+from portattn.backends.renewal import PARAMETERS
 from portattn.backends.repeated import NUM_SOURCES, SCRATCH, RepeatedCall
 from portattn.backends.stream_memory import current_stream
+from portattn.backends.triton.compiled import address, aligned, is_simple, map_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from portattn.backends.base import AttentionInputs
+    from portattn.backends.renewal import Renewal
     from portattn.plan import DevicePlan, DeviceSchedule
 
 # A tensor -> the descriptor that the kernel takes for it (triton's or Gluon's TensorDescriptor).
@@ -42,7 +43,6 @@ _FORMATS = {
     "i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q",
     "u1": "B", "u8": "B", "u16": "H", "u32": "I", "u64": "Q", "fp32": "f", "fp64": "d",
 }  # fmt: skip
-_MAP_BYTES = 128  # sizeof(CUtensorMap)
 
 
 class RepeatedLaunch:
@@ -60,6 +60,7 @@ class RepeatedLaunch:
         moving: Mapping[int, Describe | None],
         options: Mapping[str, Any],
         device: torch.device,
+        most_blocks: int = 0,
     ) -> None:
         """Nothing is launched yet.
 
@@ -72,7 +73,9 @@ class RepeatedLaunch:
                 descriptor of the tensor instead.
             options: num_warps and the like.
             device: of the tensors.
+            most_blocks: see Launch.
         """
+        self._most_blocks = most_blocks
         self._kernel, self._grid, self._options = kernel, grid, dict(options)
         self._arguments, self._moving = list(arguments), dict(moving)
         self._device = device
@@ -93,9 +96,8 @@ class RepeatedLaunch:
             arguments[position] = tensor if describe is None else describe(tensor)
         compiled = self._kernel[(self._grid,)](*arguments, **self._options)
         if self._first and self._device.type == "cuda" and torch.version.hip is None:
-            self.direct = _direct(
-                compiled, self._grid, arguments, self._moving, self._device.index
-            )
+            grids = self._grid, self._most_blocks
+            self.direct = _direct(compiled, grids, arguments, self._moving, self._device.index)
             self._first = False
 
     def is_hooked(self) -> bool:
@@ -172,13 +174,14 @@ def repeated_call(
     on_device: Sequence[DevicePlan | DeviceSchedule] = (),
     scratch_floats: int = 0,
     num_counters: int = 0,
+    renewal: Renewal | None = None,
 ) -> RepeatedCall | None:
     """What repeats launches that Triton has done; None where only Triton can.
 
     Args:
         launches: each with where its moving tensors come from.
         device: of the tensors.
-        on_device, scratch_floats, num_counters: see RepeatedCall.
+        on_device, scratch_floats, num_counters, renewal: see RepeatedCall.
     """
     made = []
     for launch, sources in launches:
@@ -199,30 +202,33 @@ def repeated_call(
         num_counters=num_counters,
         num_launches=len(made),
         guard=lambda: not first.is_hooked(),
+        renewal=renewal,
     )
 
 
 def _direct(
     compiled: Any,  # noqa: ANN401  # triton.compiler.CompiledKernel
-    grid: int,
+    grids: tuple[int, int],
     arguments: Sequence[Any],
     moving: Mapping[int, Describe | None],
     device_index: int,
 ) -> _Direct | None:
     """What launches a compiled kernel directly; None where only Triton can."""
-    if not _is_simple(compiled):
+    if not is_simple(compiled):
         return None
     order = {position: index for index, position in enumerate(moving)}
     parameters: list[bytes] = []
-    patches = []
+    patches, fields = [], []
     metadata = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
-    for position, kind in enumerate(compiled.src.signature.values()):
+    for position, (name, kind) in enumerate(compiled.src.signature.items()):
         argument = arguments[position]
         if kind == "constexpr":
             continue
+        if name in PARAMETERS:
+            fields.append(Field(len(parameters), 0, PARAMETERS[name], kind.startswith("*")))
         if kind.startswith("tensordesc"):
             form = next(metadata, None)
-            made = None if form is None or position not in order else _map_bytes(argument, form)
+            made = None if form is None or position not in order else map_bytes(argument, form)
             if made is None:
                 return None
             patches.append(Patch(len(parameters), 0, order[position], is_map=True))
@@ -232,7 +238,7 @@ def _direct(
         elif kind.startswith("*"):
             if position in order:
                 patches.append(Patch(len(parameters), 0, order[position]))
-            parameters.append(struct.pack("=Q", _address(argument)))
+            parameters.append(struct.pack("=Q", address(argument)))
         elif kind in _FORMATS:
             parameters.append(struct.pack(f"={_FORMATS[kind]}", argument))
         else:
@@ -242,59 +248,14 @@ def _direct(
     launch = Launch(
         compiled.function,
         parameters,
-        grid,
+        grids[0],
         32 * num_warps,
         shared_bytes,
         compiled.name,
         patches,
         compiled,
+        fields=fields,
+        most_blocks=grids[1],
     )
-    aligned = [order[position] for position in _aligned(compiled) if position in order]
-    return _Direct(launch, aligned, len(moving), device_index)
-
-
-def _is_simple(compiled: Any) -> bool:  # noqa: ANN401
-    """Whether the kernel takes its arguments and nothing else, in one plain launch."""
-    meta = getattr(compiled, "metadata", None)
-    if meta is None:
-        return False
-    special = (
-        "launch_pdl",
-        "launch_cooperative_grid",
-        "global_scratch_size",
-        "profile_scratch_size",
-        "instrumentation_mode",
-    )
-    return (
-        compiled.packed_metadata[1] == 1
-        and not any(getattr(meta, name, None) for name in special)
-        and all(isinstance(kind, str) for kind in compiled.src.signature.values())
-    )
-
-
-def _address(argument: Any) -> int:  # noqa: ANN401  # a tensor, an address or None
-    if argument is None:
-        return 0
-    return int(argument) if isinstance(argument, int) else int(argument.data_ptr())
-
-
-def _aligned(compiled: Any) -> set[int]:  # noqa: ANN401
-    """Positions of the parameters that the kernel was specialised for as multiples of 16."""
-    return {
-        path[0]
-        for path, attributes in (compiled.src.attrs or {}).items()
-        if any(name == "tt.divisibility" for name, _ in attributes)
-    }
-
-
-def _map_bytes(descriptor: Any, form: Mapping[str, Any]) -> bytes | None:  # noqa: ANN401
-    """The tensor map that Triton makes of a descriptor; None if its object is not as known.
-
-    The map lies behind the object's header, aligned to 128 bytes (backends/nvidia/driver.c).
-    """
-    from triton.backends.nvidia import driver
-
-    more = (None,) * (len(inspect.signature(driver.make_tensordesc_arg).parameters) - 2)
-    made: object = driver.make_tensordesc_arg(descriptor, form, *more)[0]
-    known = type(made).__basicsize__ == 2 * _MAP_BYTES and id(made) % _MAP_BYTES == 0
-    return ctypes.string_at(id(made) + _MAP_BYTES, _MAP_BYTES) if known else None
+    multiples = [order[position] for position in aligned(compiled) if position in order]
+    return _Direct(launch, multiples, len(moving), device_index)

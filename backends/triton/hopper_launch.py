@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from portattn.backends.renewal import renewal_of
 from portattn.backends.repeated import (
     COUNTERS,
     KEY,
@@ -118,6 +119,7 @@ class HopperCall(KeptCall):
         """Work out every pass; nothing is launched yet."""
         device, heads = inputs.query.device, inputs.query.shape[0] * inputs.query.shape[1]
         self._on_device = to_device(plan, schedule, device)
+        self._renewal = renewal_of(plan, schedule)
         block_dv = block_width(inputs.value.shape[3])
         passes = plan.num_passes
         slots = heads * schedule.num_slots * config.block_q
@@ -143,13 +145,13 @@ class HopperCall(KeptCall):
             )
             integers = _integers(inputs, plan, schedule, config, shape)
             # Programs stay: one item's end runs beside the next one's first loads.
-            programs = min(shape.num_items * heads, device_limits(str(device)).num_sms)
+            most = device_limits(str(device)).num_sms
             self._launches.append(
                 _repeated(
                     inputs,
                     variant,
                     integers,
-                    programs,
+                    (min(shape.num_items * heads, most), most),
                     pass_maps(inputs, config, shape),
                     self._on_device,
                     pieces=slots > 0,
@@ -203,6 +205,7 @@ class HopperCall(KeptCall):
             on_device=self._on_device,
             scratch_floats=sum(self._sizes),
             num_counters=self._num_counters,
+            renewal=self._renewal,
         )
 
 
@@ -210,7 +213,7 @@ def _repeated(
     inputs: AttentionInputs,
     variant: HopperVariant,
     integers: tuple[int, ...],
-    programs: int,
+    programs: tuple[int, int],
     maps: dict[str, Describe],
     on_device: tuple[DevicePlan, DeviceSchedule],
     *,
@@ -219,7 +222,8 @@ def _repeated(
 ) -> tuple[RepeatedLaunch, str]:
     """A pass's launch, and the first letters of the tensors that it reads and writes.
 
-    The tensors that move are in `HopperCall.run`'s order.
+    Of `programs` the first number is the pass's, the second the most of any. The tensors that move
+    are in `HopperCall.run`'s order.
     """
     plan_on, schedule_on = on_device
     optional = (
@@ -254,10 +258,11 @@ def _repeated(
     ]
     made = RepeatedLaunch(
         hopper_forward,
-        programs,
+        programs[0],
         arguments,
         {_POINTERS.index(name): how for name, how in moving.items()},
         compile_options(variant.block_q),
         inputs.query.device,
+        programs[1],
     )
     return made, "".join(name[0] for name in of_tensors)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from portattn.backends.renewal import MOST_BLOCKS, renewal_of
 from portattn.backends.repeated import (
     BIAS,
     COUNTERS,
@@ -56,6 +57,7 @@ class ForwardCall(KeptCall):
         device, heads = inputs.query.device, inputs.query.shape[0] * inputs.query.shape[1]
         launches = pass_launches(inputs, plan, schedule, config)
         self._on_device = to_device(plan, schedule, device)
+        self._renewal = renewal_of(plan, schedule)
         block_dv = launches[0].variant.block_dv
         slots = heads * schedule.num_slots * config.block_q
         rows = heads * inputs.query.shape[2] if len(launches) > 1 else 0
@@ -117,6 +119,7 @@ class ForwardCall(KeptCall):
             on_device=self._on_device,
             scratch_floats=sum(self._sizes),
             num_counters=self._num_counters,
+            renewal=self._renewal,
         )
 
 
@@ -187,6 +190,7 @@ def _repeated(
             "enable_fp_fusion": True,
         },
         inputs.query.device,
+        MOST_BLOCKS,
     )
     return made, "k_desc" in moving
 

@@ -1,6 +1,7 @@
 """Masks: which keys a query may attend to. Primitives, their algebra, and known patterns."""
 
 from portattn.masks.mask import All, Mask
+from portattn.masks.packed import Documents
 from portattn.masks.positions import resolve_q_offset
 from portattn.masks.presets import (
     bigbird,
@@ -38,6 +39,7 @@ __all__ = [
     "BlockBand",
     "BlockTable",
     "DiffModulo",
+    "Documents",
     "KeyLengths",
     "KeyModulo",
     "KeyRange",

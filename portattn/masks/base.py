@@ -91,7 +91,11 @@ class MaskBase(abc.ABC):
         return self.program == other.program and self.digests == other.digests
 
     def __hash__(self) -> int:
-        return hash((self.program, self.digests))
+        found: int | None = self.__dict__.get("_hash")
+        if found is None:
+            found = hash((self.program, self.digests))
+            self._set(_hash=found)
+        return found
 
     def __bool__(self) -> bool:
         raise MaskError(

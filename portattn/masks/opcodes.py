@@ -19,7 +19,7 @@ RANDOM_BLOCKS = 9
 BLOCK_TABLE = 10
 
 # Operands of each opcode that are not expressions.
-_OPERANDS = (0, 2, 2, 2, 3, 3, 3, 1, 1, 3, 3, 2, 1, 1, 1, 0, 1, 1)
+_OPERANDS = (0, 2, 2, 2, 3, 3, 3, 1, 1, 3, 3, 2, 1, 1, 1, 0, 1, 1, 1)
 _MAX_BOUND = 2**61  # bounds past this stand for "none"
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from portattn.errors import MaskError
+from portattn.masks.packed import Documents
 from portattn.masks.primitives import (
     Band,
     BlockBand,
@@ -21,8 +22,8 @@ from portattn.masks.primitives import (
     RandomBlocks,
     SameBlock,
 )
-from portattn.masks.tables import BlockTable, KeyLengths, KeySet, QuerySet, Segments, describe
-from portattn.masks.tensors import check_int, freeze
+from portattn.masks.tables import BlockTable, KeyLengths, KeySet, QuerySet
+from portattn.masks.tensors import check_int
 
 if TYPE_CHECKING:
     from portattn.masks.mask import Mask
@@ -198,17 +199,9 @@ def documents(cu_seqlens: TensorLike) -> Mask:
             cu_seqlens[d] to cu_seqlens[d + 1] - 1; the last is the length that the mask covers.
 
     Raises:
-        MaskError: not rising from 0, or beyond the int32 range.
+        MaskError: not rising from 0, or not below 2**31.
     """
-    ends = freeze("cu_seqlens", cu_seqlens, torch.int64, (1,))
-    values = ends.numpy()
-    if values.size < 2 or values[0] != 0 or np.diff(values).min() < 0 or values[-1] >= 2**31:
-        raise MaskError(
-            f"cu_seqlens is {describe(ends)}; it must have at least 2 values, start at 0, never "
-            "fall, and stay below 2**31: pass the running sum of the documents' lengths from 0"
-        )
-    ids = np.arange(values.size - 1, dtype=np.int32)
-    return Segments(np.repeat(ids, np.diff(values)))
+    return Documents(cu_seqlens)
 
 
 def padding(lengths: TensorLike) -> Mask:

@@ -12,6 +12,7 @@ from portattn.errors import MaskError
 from portattn.masks import json_format
 from portattn.masks.base import MAX_DEPTH, VERSION
 from portattn.masks.mask import All, And, Mask, Not, Or, all_of, any_of
+from portattn.masks.packed import Documents
 from portattn.masks.primitives import (
     Band,
     BlockBand,
@@ -49,6 +50,7 @@ _LEAVES: dict[int, tuple[Callable[..., Mask], tuple[str | torch.dtype, ...]]] = 
     BlockTable.opcode: (BlockTable, (torch.bool, "int", "int")),
     Segments.opcode: (Segments, (torch.int32, torch.int32)),
     KeyLengths.opcode: (KeyLengths, (torch.int64,)),
+    Documents.opcode: (Documents, (torch.int64,)),
 }
 _LISTS: dict[int, Callable[[tuple[Mask, ...]], Mask]] = {
     And.opcode: all_of,
@@ -147,7 +149,7 @@ class _Reader:
             return self._build(start, _LISTS[opcode], operands)
         raise MaskError(
             f"program has unknown opcode {opcode} at {start}; this portattn knows 0 to "
-            f"{PerBatch.opcode}: a newer version may have written it"
+            f"{Documents.opcode}: a newer version may have written it"
         )
 
     def _next(self, what: str, low: int, high: int) -> int:

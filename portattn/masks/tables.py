@@ -49,7 +49,7 @@ def describe(tensor: torch.Tensor) -> str:
     return f"<{dtype} {list(tensor.shape)}>"
 
 
-def _at(what: str, size: int, positions: Positions) -> Positions:
+def positions_inside(what: str, size: int, positions: Positions) -> Positions:
     """The positions, checked to lie inside data of ``size`` positions."""
     if positions.size:
         low, high = int(positions.min()), int(positions.max())
@@ -162,9 +162,13 @@ class BlockTable(Mask):
             head = 0 if self.num_heads is None else where.h
             table = table[_entry("BlockTable's table", "num_heads", table.shape[0], head)]
         rows = (
-            _at("BlockTable's table (queries)", table.shape[0] * self.block_q, i) // self.block_q
+            positions_inside("BlockTable's table (queries)", table.shape[0] * self.block_q, i)
+            // self.block_q
         )
-        keys = _at("BlockTable's table (keys)", table.shape[1] * self.block_k, j) // self.block_k
+        keys = (
+            positions_inside("BlockTable's table (keys)", table.shape[1] * self.block_k, j)
+            // self.block_k
+        )
         kept: Kept = table[rows, keys]
         return kept
 
@@ -219,7 +223,7 @@ class Segments(Mask):
         ids = self.data[slot].numpy()
         if ids.ndim == 2:
             ids = ids[_entry(f"Segments' {name}", "batch", ids.shape[0], where.b)]
-        picked: Positions = ids[_at(f"Segments' {name}", ids.shape[0], positions)]
+        picked: Positions = ids[positions_inside(f"Segments' {name}", ids.shape[0], positions)]
         return picked
 
     def __str__(self) -> str:

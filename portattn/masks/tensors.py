@@ -25,6 +25,8 @@ _NUMPY_DTYPES: dict[torch.dtype, type[np.generic]] = {
     torch.bool: np.bool_,
 }
 
+_MANY = 256  # values, from which runs of equal ones are looked for
+
 # Tensors made here -> (version counter, digest), so that a tensor that comes back (a mask rebuilt
 # from its own program and data, at every call of the op) is neither copied nor hashed again.
 # Entries live as long as their tensors.
@@ -132,11 +134,12 @@ def _content_digest(tensor: torch.Tensor) -> str:
     hasher.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     values = tensor.numpy().reshape(-1)
     # Ids of documents come in runs, which are found ten times faster than all of them are hashed.
-    last = np.flatnonzero(values[1:] != values[:-1])
-    if last.size * 16 < values.size:
-        hasher.update(b"runs")
-        hasher.update(last.tobytes())
-        values = values[np.append(last, values.size - 1)]
+    if values.size >= _MANY:
+        last = np.flatnonzero(values[1:] != values[:-1])
+        if last.size * 16 < values.size:
+            hasher.update(b"runs")
+            hasher.update(last.tobytes())
+            values = values[np.append(last, values.size - 1)]
     hasher.update(values.view(np.uint8).data)
     return hasher.hexdigest()
 
@@ -185,7 +188,7 @@ def _check_values(argument: str, source: npt.NDArray[np.generic], dtype: torch.d
         raise MaskError(
             f"{argument} has dtype {source.dtype}; it must be {wanted} tensor: convert it ({way})"
         )
-    if dtype == torch.bool or not source.size or source.dtype == _NUMPY_DTYPES[dtype]:
+    if not source.size or np.can_cast(source.dtype, _NUMPY_DTYPES[dtype], "safe"):
         return
     limits = torch.iinfo(dtype)
     low, high = int(np.min(source)), int(np.max(source))

@@ -116,7 +116,47 @@ class PlanView(ctypes.Structure):
     ]
 
 
+PLAN_NUMBERS = frozenset((*_SIZES, *_COUNTS, "transposed"))
+
+
+def plan_shapes(view: Any) -> dict[str, tuple[int, ...]]:  # noqa: ANN401  # a PlanView
+    """Shapes of a plan's arrays by name."""
+    return {
+        "layouts": (view.layout_batch, view.layout_heads),
+        "layout_ids": (view.num_layouts,),
+        "pass_steps": (view.num_passes,),
+        "row_ptr": (view.num_passes * view.num_layouts + 1,),
+        "rows": (view.num_rows, 6),
+        "tiles": (view.num_tiles, 4),
+        "runs": (view.num_runs, 4),
+        "bits": (view.num_bit_tiles, view.block_q, view.words_per_row),
+        "bit_ranges": (view.num_bit_tiles, -(-view.block_q // 16), 2),
+        "q_ids": (view.num_id_rows, view.seqlen_q),
+        "k_ids": (view.num_id_rows, view.seqlen_k),
+    }
+
+
+def plan_nbytes(view: Any) -> int:  # noqa: ANN401
+    """Bytes of a plan's arrays."""
+    of_bit_tile = view.block_q * view.words_per_row + 2 * -(-view.block_q // 16)
+    count = view.layout_batch * view.layout_heads + view.num_layouts + view.num_passes + 1
+    count += view.num_passes * view.num_layouts + view.num_bit_tiles * of_bit_tile
+    count += 6 * view.num_rows + 4 * (view.num_tiles + view.num_runs)
+    count += view.num_id_rows * (view.seqlen_q + view.seqlen_k)
+    return 4 * int(count)
+
+
 SCHEDULE_ARRAYS = ("items", "item_ptr", "items_per_pass", "full_list")
+
+
+def schedule_shapes(view: Any) -> dict[str, tuple[int, ...]]:  # noqa: ANN401  # a ScheduleView
+    """Shapes of a schedule's arrays by name."""
+    return {
+        "items": (view.total_items, ITEM_FIELDS),
+        "item_ptr": (view.num_passes,),
+        "items_per_pass": (view.num_passes,),
+        "full_list": (view.full_list_len, 2),
+    }
 
 
 class ScheduleArgs(ctypes.Structure):
@@ -180,6 +220,16 @@ def functions() -> ctypes.CDLL:
     return lib
 
 
+@functools.lru_cache(maxsize=256)
+def encoded(program: tuple[int, ...]) -> ctypes.Array[c_int64]:
+    """A mask's program, which masks of one kind share, as C reads it."""
+    return (c_int64 * len(program))(*program)
+
+
+_EMPTY = (Array * 1)()
+_DTYPE_NAMES = ("torch.int32", "torch.int64", "torch.bool")  # by pa_array's codes
+
+
 def as_numpy(address: int | None, shape: tuple[int, ...]) -> Int32Array:
     """A read-only int32 view of native memory; an empty array where nothing is stored."""
     count = int(np.prod(shape, dtype=np.int64))
@@ -193,19 +243,16 @@ def as_numpy(address: int | None, shape: tuple[int, ...]) -> Int32Array:
 
 def mask_arrays(data: Sequence[torch.Tensor]) -> ctypes.Array[Array]:
     """The mask's data tensors (int32, int64 or bool, contiguous, on the CPU) as pa_array."""
-    import torch
-
-    codes = {torch.int32: 0, torch.int64: 1, torch.bool: 2}
-    arrays = (Array * max(len(data), 1))()
+    if not data:
+        return _EMPTY
+    arrays = (Array * len(data))()
     for slot, tensor in enumerate(data):
-        if tensor.dtype not in codes or tensor.ndim > 4 or not tensor.is_contiguous():
+        dtype, shape = str(tensor.dtype), tensor.shape
+        if dtype not in _DTYPE_NAMES or len(shape) > 4 or not tensor.is_contiguous():
             raise MaskError(
-                f"mask data {slot} is {tensor.dtype} {tuple(tensor.shape)}; it must be a "
-                "contiguous int32, int64 or bool tensor of at most 4 dimensions"
+                f"mask data {slot} is {dtype} {tuple(shape)}; it must be a contiguous int32, "
+                "int64 or bool tensor of at most 4 dimensions"
             )
-        arrays[slot].data = tensor.data_ptr()
-        arrays[slot].dtype = codes[tensor.dtype]
-        arrays[slot].ndim = tensor.ndim
-        for axis, size in enumerate(tensor.shape):
-            arrays[slot].shape[axis] = size
+        code = _DTYPE_NAMES.index(dtype)
+        arrays[slot] = Array(tensor.data_ptr(), code, len(shape), tuple(shape))
     return arrays

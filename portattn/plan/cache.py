@@ -59,14 +59,14 @@ class PlanCache:
         return found
 
     def _evict(self, newest: _Key) -> None:
-        # Calls that were repeated did not ask the cache: such plans get a second chance.
-        for key in [*self._plans, *self._plans]:
-            plan = self._plans.get(key)
-            if self._bytes <= self.max_bytes or plan is None:
-                continue
-            if _was_used(plan):
+        for _ in range(2 * len(self._plans)):
+            if self._bytes <= self.max_bytes:
+                return
+            key, plan = next(iter(self._plans.items()))
+            # Calls that were repeated did not ask the cache: such plans get a second chance.
+            if _was_used(plan) or plan.captured or key == newest:
                 self._plans.move_to_end(key)
-            elif key != newest and not plan.captured:
+            else:
                 self._bytes -= self._plans.pop(key).nbytes
 
     def clear(self) -> None:

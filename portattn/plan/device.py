@@ -10,7 +10,7 @@ from portattn.errors import MaskError
 from portattn.plan import abi
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     import torch
 
@@ -31,18 +31,15 @@ class _Copy:
                 "a plan was needed for the first time while a CUDA graph is being captured. Call "
                 "attention once with these lengths before the capture, or plan.to(device)"
             )
-        names = (() if plan is None else abi.PLAN_ARRAYS) + (
-            () if schedule is None else abi.SCHEDULE_ARRAYS
-        )
-        handles = (
-            None if plan is None else plan.handle,
-            None if schedule is None else schedule.handle,
-        )
+        names: tuple[str, ...] = abi.PLAN_ARRAYS + abi.SCHEDULE_ARRAYS
+        if plan is None or schedule is None:
+            names = abi.SCHEDULE_ARRAYS if plan is None else abi.PLAN_ARRAYS
+        at = [None if one is None else one.handle for one in (plan, schedule)]
         pack, starts = abi.functions().portattn_pack, (ctypes.c_int64 * len(names))()
-        size = pack(*handles, None, starts)
+        size = pack(*at, None, starts)
         # Torch keeps pinned memory for reuse, and not before the copy out of it is done.
         host = torch.empty(size // 4, dtype=torch.int32, pin_memory=on_gpu)
-        pack(*handles, host.data_ptr(), starts)
+        pack(*at, host.data_ptr(), starts)
         self.starts: dict[str, int] = dict(zip(names, starts, strict=True))
         self._device_index = -1
         self._event: torch.cuda.Event | None = None
@@ -79,8 +76,8 @@ class _Copy:
 class _Arrays:
     """Part of a copy: int32 tensors by name, made when they are asked for."""
 
-    def __init__(self, copy: _Copy, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self._copy, self._shapes = copy, shapes
+    def __init__(self, copy: _Copy, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> None:
+        self._copy, self._shapes_of = copy, shapes
 
     @property
     def buffer(self) -> torch.Tensor:
@@ -96,7 +93,9 @@ class _Arrays:
         return self._copy.address + self._copy.starts[name]
 
     def __getattr__(self, name: str) -> torch.Tensor:
-        shapes: Mapping[str, tuple[int, ...]] = self.__dict__.get("_shapes", {})
+        if name.startswith("_"):
+            raise AttributeError(name)
+        shapes = self._shapes_of()
         if name not in shapes:
             raise AttributeError(name)
         start, shape = self._copy.starts[name] // 4, shapes[name]
@@ -125,8 +124,8 @@ def copy_arrays(
     """
     copy = _Copy(plan, schedule, device)
     return (
-        DevicePlan(copy, {} if plan is None else plan.shapes),
-        DeviceSchedule(copy, {} if schedule is None else schedule.shapes),
+        DevicePlan(copy, dict if plan is None else plan.shapes_later()),
+        DeviceSchedule(copy, dict if schedule is None else schedule.shapes_later()),
     )
 
 

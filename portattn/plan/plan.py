@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import math
+import functools
 import threading
-import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from portattn.plan.device import DevicePlan, copy_arrays
 from portattn.plan.schedule import Schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Callable, Hashable, Sequence
 
     import torch
 
@@ -50,52 +49,57 @@ class Plan:
         handle: address of the native plan, for kernels in libportattn.
     """
 
+    seqlen_q: int
+    seqlen_k: int
+    q_offset: int
+    block_q: int
+    block_k: int
+    num_layouts: int
+    num_passes: int
+    num_rows: int
+    num_tiles: int
+    num_runs: int
+    num_bit_tiles: int
+    num_id_rows: int
+    words_per_row: int
+    layout_batch: int
+    layout_heads: int
+    has_steps: bool
+    transposed: bool
+    shapes: dict[str, tuple[int, ...]]
+
     def __init__(self, handle: int, batch: int, num_heads: int) -> None:
         """Take ownership of a native plan."""
         lib = abi.functions()
-        self.handle = handle
-        self._finalizer = weakref.finalize(self, lib.portattn_plan_destroy, handle)
-        view = lib.portattn_plan_view_without_ids(handle).contents
-        self.batch, self.num_heads = batch, num_heads
-        self.seqlen_q, self.seqlen_k, self.q_offset = view.seqlen_q, view.seqlen_k, view.q_offset
-        self.block_q, self.block_k = view.block_q, view.block_k
-        self.num_layouts, self.num_passes = view.num_layouts, view.num_passes
-        self.num_rows, self.num_tiles, self.num_runs = view.num_rows, view.num_tiles, view.num_runs
-        self.num_bit_tiles, self.words_per_row = view.num_bit_tiles, view.words_per_row
-        self.layout_batch, self.layout_heads = view.layout_batch, view.layout_heads
-        self.num_id_rows = view.num_id_rows
-        self.has_steps, self.transposed = bool(view.has_steps), bool(view.transposed)
-        self._view = view  # in the library's memory, as the arrays are
-        self.shapes: dict[str, tuple[int, ...]] = {
-            "layouts": (self.layout_batch, self.layout_heads),
-            "layout_ids": (self.num_layouts,),
-            "pass_steps": (self.num_passes,),
-            "row_ptr": (self.num_passes * self.num_layouts + 1,),
-            "rows": (self.num_rows, 6),
-            "tiles": (self.num_tiles, 4),
-            "runs": (self.num_runs, 4),
-            "bits": (self.num_bit_tiles, self.block_q, self.words_per_row),
-            "bit_ranges": (self.num_bit_tiles, -(-self.block_q // 16), 2),
-            "q_ids": (self.num_id_rows, self.seqlen_q),
-            "k_ids": (self.num_id_rows, self.seqlen_k),
-        }
+        self._owner = native.Handle(handle, lib.portattn_plan_destroy)
+        self.handle, self.batch, self.num_heads = handle, batch, num_heads
+        # In the library's memory, as the arrays are.
+        self._view = lib.portattn_plan_view_without_ids(handle).contents
         self._lock = threading.Lock()
         self._schedules: dict[tuple[int, ...], Schedule] = {}
         self._on_device: dict[torch.device, DevicePlan] = {}
         self.calls: dict[Hashable, KeptCall] = {}
         self.captured = False
 
-    # Making the arrays takes longer than planning most masks; a call needs few of them.
-    def __getattr__(self, name: str) -> np.ndarray[Any, np.dtype[Any]]:
-        shapes = self.__dict__.get("shapes", {})
-        if name not in shapes:
+    # A call needs few of the numbers and arrays, and making all takes longer than planning.
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401  # an int, a bool or an array
+        view = self.__dict__.get("_view")
+        if view is None or name.startswith("_"):
             raise AttributeError(f"Plan has no attribute {name!r}")
-        if name in ("q_ids", "k_ids"):
-            abi.functions().portattn_plan_view(self.handle)  # makes them
-        made: np.ndarray[Any, np.dtype[Any]] = abi.as_numpy(
-            getattr(self._view, name), shapes[name]
-        )
-        self.__dict__[name] = made = made.view(np.uint32) if name == "bits" else made
+        made: Any
+        if name == "shapes":
+            made = abi.plan_shapes(view)
+        elif name in abi.PLAN_ARRAYS:
+            if name in ("q_ids", "k_ids"):
+                abi.functions().portattn_plan_view(self.handle)  # makes them
+            made = abi.as_numpy(getattr(view, name), self.shapes[name])
+            made = made.view(np.uint32) if name == "bits" else made
+        elif name in abi.PLAN_NUMBERS:
+            made = getattr(view, name)
+            made = bool(made) if name in ("has_steps", "transposed") else made
+        else:
+            raise AttributeError(f"Plan has no attribute {name!r}")
+        self.__dict__[name] = made
         return made
 
     @classmethod
@@ -127,8 +131,7 @@ class Plan:
         Raises:
             MaskError: the mask is malformed, does not fit the sizes, or exceeds the bound.
         """
-        code = (ctypes.c_int64 * len(program))(*program)
-        arrays = abi.mask_arrays(data)
+        code, arrays = abi.encoded(tuple(program)), abi.mask_arrays(data)
         args = abi.PlanArgs(
             ctypes.sizeof(abi.PlanArgs),
             native.ABI_VERSION,
@@ -151,10 +154,14 @@ class Plan:
             raise MaskError(error.value.decode(errors="replace"))
         return cls(handle, batch, num_heads)
 
+    def shapes_later(self) -> Callable[[], dict[str, tuple[int, ...]]]:
+        """What makes `shapes`, and does not hold the plan."""
+        return functools.partial(abi.plan_shapes, abi.PlanView.from_buffer_copy(self._view))
+
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        return 4 * sum(math.prod(shape) for shape in self.shapes.values())
+        return abi.plan_nbytes(self._view)
 
     def transpose(self) -> Plan:
         """The same pairs with query and key tiles swapped: rows are key tiles.
@@ -186,15 +193,20 @@ class Plan:
             min_piece: a row is never cut into pieces smaller than this many tiles.
             max_workspace_bytes: bound on the workspace of cut rows, all heads together.
         """
-        key = (batch, num_heads, workers, head_dim_v, min_piece, max_workspace_bytes)
-        found = self._schedules.get(key)
+        return self.schedule_with(
+            (batch, num_heads, workers, head_dim_v, min_piece, max_workspace_bytes)
+        )
+
+    def schedule_with(self, arguments: tuple[int, ...]) -> Schedule:
+        """`schedule`, its arguments in order."""
+        found = self._schedules.get(arguments)
         if found is None:
-            made = Schedule(self, *key)
+            made = Schedule(self, *arguments)
             with self._lock:
                 # A plan serves few different calls; past that, start over rather than grow.
                 if len(self._schedules) >= 16:
                     self._schedules.clear()
-                found = self._schedules.setdefault(key, made)
+                found = self._schedules.setdefault(arguments, made)
         return found
 
     def to(self, device: torch.device | str) -> DevicePlan:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import threading
-import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from portattn import native
 from portattn.errors import MaskError
@@ -14,6 +14,8 @@ from portattn.plan import abi
 from portattn.plan.device import DeviceSchedule, copy_arrays
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from portattn.plan.plan import Plan
@@ -29,9 +31,16 @@ class Schedule:
         full_list: int32 [n, 2]: k_start, k_step.
         num_slots, num_counters: workspace slots and counters per (batch, head).
         workspace_bytes: for all heads.
+        num_items: of all passes and layouts.
+        arguments: of `Plan.schedule`, in order.
         shapes: of the arrays by name.
         handle: address of the native schedule.
     """
+
+    num_passes: int
+    num_layouts: int
+    workspace_bytes: int
+    shapes: dict[str, tuple[int, ...]]
 
     def __init__(
         self,
@@ -59,28 +68,36 @@ class Schedule:
         handle = lib.portattn_schedule_create(plan.handle, ctypes.byref(args), error, len(error))
         if not handle:
             raise MaskError(error.value.decode(errors="replace"))
-        self.handle = handle
-        self._finalizer = weakref.finalize(self, lib.portattn_schedule_destroy, handle)
-        view = lib.portattn_schedule_view(handle).contents
-        self.num_passes, self.num_layouts = view.num_passes, view.num_layouts
+        self.handle, self._owner = handle, native.Handle(handle, lib.portattn_schedule_destroy)
+        self.arguments = (
+            batch, num_heads, workers, head_dim_v, min_piece, max_workspace_bytes,
+        )  # fmt: skip
+        # In the library's memory, as the arrays are.
+        self._view = view = lib.portattn_schedule_view(handle).contents
         self.num_slots, self.num_counters = view.num_slots, view.num_counters
-        self.workspace_bytes = view.workspace_bytes
-        self._view = view  # in the library's memory, as the arrays are
-        self.shapes: dict[str, tuple[int, ...]] = {
-            "items": (view.total_items, abi.ITEM_FIELDS),
-            "item_ptr": (self.num_passes,),
-            "items_per_pass": (self.num_passes,),
-            "full_list": (view.full_list_len, 2),
-        }
+        self.num_items = view.total_items
         self._lock = threading.Lock()
         self._on_device: dict[torch.device, DeviceSchedule] = {}
 
-    def __getattr__(self, name: str) -> abi.Int32Array:
-        shapes = self.__dict__.get("shapes", {})
-        if name not in shapes:
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401  # an int or an array
+        view = self.__dict__.get("_view")
+        made: Any
+        if view is not None and name == "shapes":
+            made = abi.schedule_shapes(view)
+        elif view is not None and name in abi.SCHEDULE_ARRAYS:
+            made = abi.as_numpy(getattr(view, name), self.shapes[name])
+        elif view is not None and name in ("num_passes", "num_layouts", "workspace_bytes"):
+            made = getattr(view, name)
+        else:
             raise AttributeError(f"Schedule has no attribute {name!r}")
-        made = self.__dict__[name] = abi.as_numpy(getattr(self._view, name), shapes[name])
+        self.__dict__[name] = made
         return made
+
+    def shapes_later(self) -> Callable[[], dict[str, tuple[int, ...]]]:
+        """What makes `shapes`, and does not hold the schedule."""
+        return functools.partial(
+            abi.schedule_shapes, abi.ScheduleView.from_buffer_copy(self._view)
+        )
 
     @property
     def nbytes(self) -> int:

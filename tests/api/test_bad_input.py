@@ -174,7 +174,7 @@ MASKS = {
     ),
     "documents_too_short": (
         {"mask": masks.documents([0, 3, 8])},
-        ["Segments' q_ids covers the positions [0, 8)", "[0, 9]", "make it larger"],
+        ["Documents' bounds (queries) covers the positions [0, 8)", "[0, 9]", "make it larger"],
     ),
     "q_offset_needed": (
         {"key": shaped(2, 4, 12, 16), "value": shaped(2, 4, 12, 16), "is_causal": True},

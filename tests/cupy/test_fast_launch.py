@@ -73,6 +73,26 @@ def test_threads_do_not_mix_their_addresses(emulated_kernels):
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
+def test_another_mask_of_a_kind_is_not_prepared_anew(emulated_kernels, monkeypatch):
+    kernel = emulated_kernels[0]
+    ends = [[0, 70, 190], [0, 40, 190], [0, 100, 101, 190], [0, 64, 128, 190]]
+    rest = masks.Band(None, 3)
+    prepared = []
+    run = type(registry.kernel(kernel)).run
+    monkeypatch.setattr(
+        type(registry.kernel(kernel)), "run",
+        lambda self, *arguments: prepared.append(1) or run(self, *arguments),
+    )  # fmt: skip
+    for seed, boundaries in enumerate([*ends, *reversed(ends)]):
+        mask, query = masks.documents(boundaries) & rest, query_of(seed)
+        output = portattn.attention(query, query, query, mask, backend=kernel, config=CONFIG)
+        wide = query.double()
+        expected = portattn.attention(wide, wide, wide, mask, backend="reference")
+        assert (output.double() - expected).abs().max() < 4e-3
+    # One whose tiles lie on the grid, with ids, has launches of its own.
+    assert len(prepared) == 2
+
+
 def test_patches_are_at_their_fields():
     names, packing = layout()
     assert offset_of(names[0]) == 0

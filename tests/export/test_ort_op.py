@@ -52,7 +52,7 @@ BAD_FEEDS = {
     ),
     "bias": (np.zeros((2, 4, 8, 7), np.float32), r"bias has shape \[2, 4, 8, 7\]"),
     "sinks": (np.zeros(5, np.float32), r"sinks has shape \[5\]"),
-    "data_0": (np.zeros(4, np.int32), "[Ss]egment|seqlen|positions"),
+    "data_0": (np.array([0, 4, 7]), r"cover the positions \[0, 7\)"),
 }
 
 

@@ -35,7 +35,3 @@ def test_masks_are_equal_where_their_ids_are(ids):
         others += [[*ids[:-1], ids[-1] + 1], [ids[0] - 1, *ids[1:]], ids[:-1]]
     for other in others:
         assert segments(ids) != segments(other)
-
-
-def test_documents_are_their_segments():
-    assert masks.documents([0, 300, 1000]) == segments([0] * 300 + [1] * 700)

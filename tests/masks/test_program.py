@@ -58,6 +58,7 @@ def test_programs_and_json_come_back_equal(case):
         (masks.KeySet([3]) | masks.KeySet([4]), (1, 14, 2, 7, 0, 7, 1)),
         (masks.per_head([masks.All(), masks.causal()]), (1, 16, 2, 0, 1, MIN, 0)),
         (masks.per_batch([masks.All()]), (1, 17, 1, 0)),
+        (masks.Documents([0, 3, 9]), (1, 18, 0)),
     ],
     ids=lambda value: str(value) if isinstance(value, masks.Mask) else "",
 )
@@ -91,7 +92,7 @@ ONE = torch.tensor([1])
         ([1], (), "has 1 values"),
         (None, (), "NoneType"),
         ([2, 0], (), "version 2"),
-        ([1, 18], (), "unknown opcode 18 at 1"),
+        ([1, 19], (), "unknown opcode 19 at 1"),
         ([1, -1], (), "opcode"),
         ([1, 0.0], (), "must be an integer"),
         ([1, True], (), "not a bool"),

@@ -27,5 +27,5 @@ def test_expressions_have_every_opcode_and_are_rarely_trivial():
         shares.append(float(dense.double().mean()))
 
     collect()
-    assert set(seen) == set(range(18))
+    assert set(seen) == set(range(19))
     assert sum(0 < share < 1 for share in shares) > len(shares) / 3

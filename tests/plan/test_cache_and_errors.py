@@ -81,6 +81,7 @@ def test_plan_on_a_device_has_the_same_arrays():
         (masks.BlockTable(torch.ones(3, 4, 4, dtype=torch.bool), 16, 16), ["3 heads", "4"]),
         (masks.Segments(torch.zeros(63, dtype=torch.int32)), ["63 positions", "0..63"]),
         (masks.Segments(torch.zeros(3, 64, dtype=torch.int32)), ["batch 3"]),
+        (masks.documents([0, 9, 63]), ["[0, 63)", "64 keys", "cover all"]),
         (masks.padding([1, 2, 3]), ["3 entries", "batch 2"]),
     ],
 )
@@ -109,6 +110,15 @@ def test_masks_that_do_not_fit(mask, words):
 def test_malformed_programs(program):
     with pytest.raises(MaskError):
         Plan.create(program, (), **CALL)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "words"),
+    [([0, 40, 30, 64], "never fall"), ([3, 64], "start at 0"), ([0], "at least 2")],
+)
+def test_malformed_bounds_of_documents(bounds, words):
+    with pytest.raises(MaskError, match=words):
+        Plan.create((1, 18, 0), (torch.tensor(bounds),), **CALL)
 
 
 def test_the_bit_budget_is_a_mask_error():

@@ -204,7 +204,7 @@ def test_the_forward_kernel_takes_its_parameters_as_laid_out(monkeypatch, tma):
     tensor = torch.zeros(1, 2, 64, 64, dtype=torch.float16)
     maps = []
     monkeypatch.setattr(
-        fast_launch, "_map_bytes", lambda descriptor, form: maps.append(form) or bytes(128)
+        fast_launch, "map_bytes", lambda descriptor, form: maps.append(form) or bytes(128)
     )
     arguments = []
     for kind in signature.values():
@@ -215,7 +215,7 @@ def test_the_forward_kernel_takes_its_parameters_as_laid_out(monkeypatch, tma):
             arguments.append(tensor if kind.startswith("*") else 1)
     moving = {0: None} | ({3: lambda tensor: None, 4: lambda tensor: None} if tma else {})
     fake_driver.install(monkeypatch, [])
-    direct = fast_launch._direct(made, 1, arguments, moving, 0)
+    direct = fast_launch._direct(made, (1, 1), arguments, moving, 0)
     assert [len(argument) for argument in direct.launch.arguments] == parameter_sizes(made)
     assert len(maps) == 2 * tma
     assert [patch.is_map for patch in direct.launch.patches] == [False] + [True, True] * tma

@@ -69,7 +69,8 @@ class Recorder:
     made: "list[Recorder]"
     direct = None
 
-    def __init__(self, kernel, grid, arguments, moving, options, device):
+    def __init__(self, kernel, grid, arguments, moving, options, device, most_blocks):
+        assert 0 < grid <= most_blocks
         self.kernel, self.grid, self.options = kernel, grid, options
         self.arguments = dict(zip(NAMES, arguments, strict=True))
         self.moving = {NAMES[position]: how for position, how in moving.items()}

@@ -1,6 +1,7 @@
 // Deduplicated bit tiles of a plan.
 #pragma once
 #include <algorithm>
+#include <cstring>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -50,15 +51,19 @@ class BitStore {
         std::vector<i64> key(static_cast<size_t>((block_q * words + 1) / 2), 0);
         auto* bits = reinterpret_cast<uint32_t*>(key.data());
         uint64_t any = 0, missing = 0;
-        for (i64 r = 0; r < matrix.rows; ++r) {
-            for (i64 w = 0; w * 64 < num_keys; ++w) {
-                const i64 left = num_keys - w * 64;
-                const uint64_t exist = left >= 64 ? ~uint64_t{0} : (uint64_t{1} << left) - 1;
-                const uint64_t word = matrix.row(r)[w] & exist;
+        for (i64 w = 0; w * 64 < num_keys; ++w) {
+            const i64 left = num_keys - w * 64;
+            const uint64_t exist = left >= 64 ? ~uint64_t{0} : (uint64_t{1} << left) - 1;
+            const size_t bytes = 2 * w + 1 < words ? 8 : 4;
+            const uint64_t* from = matrix.data.data() + w;
+            for (i64 r = 0; r < matrix.rows; ++r) {
+                const uint64_t word = from[r * matrix.words] & exist;
                 any |= word;
                 missing |= word ^ exist;
-                bits[r * words + 2 * w] = static_cast<uint32_t>(word);
-                if (2 * w + 1 < words) bits[r * words + 2 * w + 1] = static_cast<uint32_t>(word >> 32);
+                if (bytes == 8)
+                    std::memcpy(bits + r * words + 2 * w, &word, 8);
+                else
+                    std::memcpy(bits + r * words + 2 * w, &word, 4);
             }
         }
         if (!any) return PA_BITS_EMPTY;
@@ -66,6 +71,12 @@ class BitStore {
         auto found = ids_.emplace(std::move(key), static_cast<int32_t>(ids_.size()));
         if (found.second) store(reinterpret_cast<const uint32_t*>(found.first->first.data()));
         return found.first->second;
+    }
+
+    // Makes room for so many tiles, or for as many as are worth it.
+    void reserve(i64 count) {
+        const i64 words = plan_.view.block_q * plan_.view.words_per_row;
+        plan_.bits.reserve(plan_.bits.size() + static_cast<size_t>(std::min<i64>(count, 64) * words));
     }
 
   private:
@@ -79,18 +90,17 @@ class BitStore {
                 "joined by & instead of several"};
         plan_.bits.insert(plan_.bits.end(), bits, bits + block_q * words);
         for (i64 panel = 0; panel < block_q; panel += 16) {
-            const uint32_t* row = bits + panel * words;
-            seen_.assign(row, row + words);
-            for (i64 r = panel + 1; r < std::min(panel + 16, block_q); ++r) {
-                row += words;
-                for (i64 w = 0; w < words; ++w) seen_[static_cast<size_t>(w)] |= row[w];
-            }
+            const i64 rows = std::min<i64>(16, block_q - panel);
             int32_t first = INT32_MAX, last = 0;
-            for (i64 w = 0; w < words; ++w)
-                if (const uint32_t word = seen_[static_cast<size_t>(w)]) {
+            for (i64 w = 0; w < words; ++w) {
+                const uint32_t* from = bits + panel * words + w;
+                uint32_t word = 0;
+                for (i64 r = 0; r < rows; ++r) word |= from[r * words];
+                if (word) {
                     first = std::min(first, static_cast<int32_t>(32 * w + __builtin_ctz(word)));
                     last = static_cast<int32_t>(32 * w + 32 - __builtin_clz(word));
                 }
+            }
             plan_.bit_ranges.push_back(last ? first : 0);
             plan_.bit_ranges.push_back(last);
         }
@@ -98,7 +108,6 @@ class BitStore {
 
     pa_plan& plan_;
     i64 max_bytes_;
-    std::vector<uint32_t> seen_;  // by any row of a panel
     std::unordered_map<std::vector<i64>, int32_t, VectorHash> ids_;
 };
 

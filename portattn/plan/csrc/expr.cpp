@@ -18,6 +18,7 @@ int num_operands(Op op) {
         case Op::kKeySet:
         case Op::kQuerySet:
         case Op::kKeyLengths:
+        case Op::kDocuments:
         case Op::kAnd:
         case Op::kOr:
         case Op::kPerHead:
@@ -87,7 +88,7 @@ Expr Program::parse(i64& at, int depth) {
         fail("program has more than " + str(kMaxNodes) + " nodes; simplify the mask");
     if (at >= length_) fail("program ends inside an expression at " + str(at));
     const i64 opcode = code_[at++];
-    if (opcode < 0 || opcode > static_cast<i64>(Op::kPerBatch))
+    if (opcode < 0 || opcode > static_cast<i64>(Op::kDocuments))
         fail("program holds unknown opcode " + str(opcode) + "; upgrade portattn");
     Expr node;
     node.op = static_cast<Op>(opcode);
@@ -140,6 +141,16 @@ Expr Program::bind_leaf(const Expr& node, i64 batch, i64 head) const {
         const i64 b = table.ndim == 4 && table.shape[0] != 1 ? batch : 0, h = heads != 1 ? head : 0;
         out.table =
             static_cast<const uint8_t*>(table.data) + (b * heads + h) * out.table_rows * out.table_cols;
+    } else if (node.op == Op::kDocuments) {
+        out.op = Op::kSegments;
+        for (const SegmentsEntry& entry : segments_)
+            if (entry.slot_q == node.a && entry.slot_k == -1) out.segments = entry.segments;
+        if (!out.segments) {
+            const pa_array& bounds = arrays_[node.a];
+            out.segments = make_documents(static_cast<const int64_t*>(bounds.data), bounds.shape[0],
+                                          sizes_.q_offset, sizes_.seqlen_q, sizes_.seqlen_k);
+            segments_.push_back({node.a, -1, 0, out.segments});
+        }
     } else if (node.op == Op::kSegments) {
         const pa_array &q = arrays_[node.a], &k = arrays_[node.b];
         const bool batched = (q.ndim == 2 && q.shape[0] != 1) || (k.ndim == 2 && k.shape[0] != 1);

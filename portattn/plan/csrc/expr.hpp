@@ -44,6 +44,7 @@ enum class Op : int {
     kNot = 15,
     kPerHead = 16,
     kPerBatch = 17,
+    kDocuments = 18,
 };
 
 // A half-open interval.
@@ -114,6 +115,7 @@ class Program {
     void check_set(const Expr& node) const;
     void check_table(const Expr& node);
     void check_segments(const Expr& node);
+    void check_documents(const Expr& node) const;
     void check_lengths(const Expr& node);
     Expr bind(const Expr& node, i64 batch, i64 head, bool negate) const;
     Expr bind_leaf(const Expr& node, i64 batch, i64 head) const;
@@ -149,6 +151,9 @@ inline std::shared_ptr<const Segments> find_segments(const Expr& node) {
 // segments.cpp
 std::shared_ptr<const Segments> make_segments(const int32_t* q_ids, const int32_t* k_ids, i64 q_offset,
                                               i64 seqlen_q, i64 seqlen_k);
+// Ids that are the documents between rising bounds, from 0.
+std::shared_ptr<const Segments> make_documents(const int64_t* bounds, i64 num_bounds, i64 q_offset,
+                                               i64 seqlen_q, i64 seqlen_k);
 // Both must be equal: the Segments of the pairs of ids.
 std::shared_ptr<const Segments> intersect_segments(const Segments& x, const Segments& y);
 // Index of the run that holds `position`.

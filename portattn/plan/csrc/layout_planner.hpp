@@ -68,6 +68,11 @@ class LayoutPlanner {
 
     void plan_documents() {
         const i64 block_q = plan_.view.block_q;
+        const size_t rows = documents_->q_runs.size() + static_cast<size_t>(sizes_.seqlen_q / block_q);
+        plan_.rows.reserve(plan_.rows.size() + kRowFields * rows);
+        plan_.tiles.reserve(plan_.tiles.size() + kTileFields * rows);
+        plan_.runs.reserve(plan_.runs.size() + kRunFields * rows);
+        bits_.reserve(2 * static_cast<i64>(documents_->q_runs.size()));
         for (const Segments::Run& run : documents_->q_runs) {
             const int32_t *keys = nullptr, *keys_end = nullptr;
             if (run.id >= 0) std::tie(keys, keys_end) = documents_->runs_of(run.id);

@@ -41,6 +41,9 @@ void Program::check_data(const Expr& node) {
         case Op::kSegments:
             check_segments(node);
             break;
+        case Op::kDocuments:
+            check_documents(node);
+            break;
         case Op::kKeyLengths:
             check_lengths(node);
             break;
@@ -109,6 +112,21 @@ void Program::check_segments(const Expr& node) {
             depends_on_batch_ |= ids.shape[0] != 1;
         }
     }
+}
+
+void Program::check_documents(const Expr& node) const {
+    const pa_array& bounds = array(node.a, "Documents");
+    if (bounds.dtype != 1 || bounds.ndim != 1 || bounds.shape[0] < 2)
+        fail("Documents bounds must be an int64 tensor of at least 2 values");
+    const auto* values = static_cast<const int64_t*>(bounds.data);
+    const i64 last = values[bounds.shape[0] - 1];
+    for (i64 n = 1; n < bounds.shape[0]; ++n)
+        if (values[n] < values[n - 1]) fail("Documents bounds must never fall");
+    if (values[0] != 0) fail("Documents bounds must start at 0");
+    if (sizes_.q_offset < 0 || sizes_.q_offset + sizes_.seqlen_q > last || sizes_.seqlen_k > last)
+        fail("Documents bounds cover the positions [0, " + str(last) + "); the call uses query positions " +
+             str(sizes_.q_offset) + ".." + str(sizes_.q_offset + sizes_.seqlen_q - 1) + " and " +
+             str(sizes_.seqlen_k) + " keys; give bounds that cover all of them");
 }
 
 void Program::check_lengths(const Expr& node) {

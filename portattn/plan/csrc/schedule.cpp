@@ -1,10 +1,10 @@
 // The scheduler: rows of a plan become items; long rows are cut into pieces; longest first.
 #include <algorithm>
-#include <array>
 #include <memory>
 #include <vector>
 
 #include "expr.hpp"
+#include "item_order.hpp"
 #include "planner.hpp"
 
 struct pa_schedule {
@@ -19,8 +19,7 @@ namespace {
 // Full tiles of an item beyond this are walked as progressions, one item each, so that no list grows with the
 // length.
 constexpr i64 kMaxListed = 256;
-
-using Item = std::array<int32_t, PA_ITEM_FIELDS>;
+constexpr size_t kMaxKept = 1 << 14;  // items whose memory a thread keeps
 
 // A stretch of one run.
 struct Stretch {
@@ -94,24 +93,33 @@ class Scheduler {
         limit_ = std::max(args_.min_piece, ceil_div(total_cost(pass), 4 * workers));
         may_cut_ = factor < (i64{1} << 30);
         limit_ = may_cut_ ? std::max<i64>(limit_, 1) * factor : INT64_MAX;
-        std::vector<std::vector<Item>> layouts(static_cast<size_t>(plan_.num_layouts));
+        // Kept from call to call: memory that is new to the process costs more than the work in it.
+        thread_local std::vector<std::vector<Item>> layouts;
+        std::vector<int32_t> order;
+        layouts.resize(std::max(layouts.size(), static_cast<size_t>(plan_.num_layouts)));
         size_t longest = 0;
         for (int32_t l = 0; l < plan_.num_layouts; ++l) {
             std::vector<Item>& items = layouts[static_cast<size_t>(l)];
+            items.clear();
             slots_ = counters_ = 0;
+            items.reserve(static_cast<size_t>(plan_.row_ptr[pass * plan_.num_layouts + l + 1] -
+                                              plan_.row_ptr[pass * plan_.num_layouts + l]));
             const int32_t* ptr = plan_.row_ptr + pass * plan_.num_layouts + l;
             for (int32_t n = ptr[0]; n < ptr[1]; ++n) add_row(pass, l, row(n), items);
-            std::stable_sort(items.begin(), items.end(),
-                             [](const Item& x, const Item& y) { return x[PA_ITEM_COST] > y[PA_ITEM_COST]; });
             longest = std::max(longest, items.size());
             out_.view.num_slots = std::max(out_.view.num_slots, slots_);
             out_.view.num_counters = std::max(out_.view.num_counters, counters_);
         }
         out_.item_ptr.push_back(static_cast<int32_t>(out_.items.size() / PA_ITEM_FIELDS));
         out_.items_per_pass.push_back(static_cast<int32_t>(longest));
-        for (std::vector<Item>& items : layouts) {
+        for (int32_t l = 0; l < plan_.num_layouts; ++l) {
+            const std::vector<Item>& items = layouts[static_cast<size_t>(l)];
             out_.items.reserve(out_.items.size() + longest * PA_ITEM_FIELDS);
-            for (const Item& item : items) out_.items.insert(out_.items.end(), item.begin(), item.end());
+            longest_first(items, order);
+            for (const int32_t n : order) {
+                const Item& item = items[static_cast<size_t>(n)];
+                out_.items.insert(out_.items.end(), item.begin(), item.end());
+            }
             Item padding{};
             padding[PA_ITEM_Q_STEP] = 1;
             padding[PA_ITEM_SLOT] = padding[PA_ITEM_COUNTER] = -1;
@@ -119,6 +127,7 @@ class Scheduler {
             for (size_t n = items.size(); n < longest; ++n)
                 out_.items.insert(out_.items.end(), padding.begin(), padding.end());
         }
+        if (longest * layouts.size() > kMaxKept) layouts.clear();
     }
 
     std::vector<Piece> cut(const int32_t* row) const {
@@ -187,8 +196,7 @@ class Scheduler {
         return item;
     }
 
-    // Most rows: not to be cut, with at most one run. The same as cutting them into one piece, without
-    // memory.
+    // Most rows: not to be cut, with at most one run. As cutting them into one piece, without memory.
     bool add_simple_row(int32_t pass, int32_t layout, const int32_t* row, std::vector<Item>& items) {
         const i64 cost = row_cost(row);
         if (cost > limit_ || row[5] - row[4] > 1) return false;

@@ -98,6 +98,39 @@ std::shared_ptr<const Segments> make_segments(const int32_t* q_ids, const int32_
     return out;
 }
 
+std::shared_ptr<const Segments> make_documents(const int64_t* bounds, i64 num_bounds, i64 q_offset,
+                                               i64 seqlen_q, i64 seqlen_k) {
+    auto out = std::make_shared<Segments>();
+    out->q_first = q_offset;
+    const auto clip = [&](i64 begin, i64 end, std::vector<Run>& runs) {
+        const int64_t* at = std::upper_bound(bounds, bounds + num_bounds, begin) - 1;
+        for (; begin < end; ++at) {
+            if (at[1] <= begin) continue;  // an empty document
+            const i64 stop = std::min<i64>(at[1], end);
+            runs.push_back({begin, stop, static_cast<int32_t>(at - bounds)});
+            begin = stop;
+        }
+    };
+    clip(q_offset, q_offset + seqlen_q, out->q_runs);
+    clip(0, seqlen_k, out->k_runs);
+    // Documents that both sides have are neighbours in both.
+    int32_t next = 0;
+    size_t k = 0;
+    for (Run& run : out->q_runs) {
+        while (k < out->k_runs.size() && out->k_runs[k].id < run.id) out->k_runs[k++].id = -2;
+        if (k < out->k_runs.size() && out->k_runs[k].id == run.id) {
+            out->id_runs.push_back(static_cast<int32_t>(k));
+            out->k_runs[k++].id = next;
+            run.id = next++;
+        } else {
+            run.id = -1;
+        }
+    }
+    while (k < out->k_runs.size()) out->k_runs[k++].id = -2;
+    for (int32_t n = 0; n <= next; ++n) out->id_ptr.push_back(n);
+    return out;
+}
+
 std::shared_ptr<const Segments> intersect_segments(const Segments& x, const Segments& y) {
     auto out = std::make_shared<Segments>();
     out->q_first = x.q_first;

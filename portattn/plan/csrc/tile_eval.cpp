@@ -257,13 +257,17 @@ void eval_tile(const Expr& node, const QueryTile& rows, const KeyTile& keys, con
             return;
         }
         out.reset(rows.count, words, 0);
-        for (i64 r = 0; r < rows.count; ++r) {
+        const bool is_same = !node.depends_on_query();
+        for (i64 r = 0; r < (is_same ? 1 : rows.count); ++r) {
             const i64 i = rows.first + rows.step * r;
             if (r > 0 && same_as_before(node, i, i - rows.step))
                 std::copy_n(out.row(r - 1), words, out.row(r));
             else
                 leaf_row(node, i, keys, sizing, out.row(r));
         }
+        if (is_same)  // ever more rows at once
+            for (i64 r = 1; r < rows.count; r *= 2)
+                std::copy_n(out.row(0), words * std::min(r, rows.count - r), out.row(r));
         if (node.negated)
             for (uint64_t& word : out.data) word = ~word;
         return;
