@@ -31,9 +31,12 @@ _SHORT_SEQUENCE = 2048
 _BAND = 1
 _RANGES = (2, 3)  # KEY_RANGE, QUERY_RANGE
 _MODULI = (4, 5)  # KEY_MODULO, DIFF_MODULO
-_POSITIONS = (4, 5, 7, 8)  # those, and KEY_SET, QUERY_SET
+_SETS = (7, 8)  # KEY_SET, QUERY_SET
+_SEGMENTS = 11
 _KEY_BLOCK = {6: 0, 9: 0, 10: 2}  # BLOCK_BAND, RANDOM_BLOCKS, BLOCK_TABLE: which operand is it
 _WIDE = 128  # keys of the wider tiles
+_WIDE_WINDOW = 512  # keys of a window that narrower tiles no longer fit clearly better
+_LOCAL_HEADS = 4
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -77,13 +80,31 @@ def _is_fine(program: Sequence[int]) -> bool:
     Windows and documents do not, nor blocks of 128 keys: their tiles are as full.
     """
     found = list(instructions(program))
-    window = any(all(map(is_bound, operands)) for opcode, operands in found if opcode == _BAND)
+    narrow = any(hi - lo < _WIDE_WINDOW for lo, hi in _windows(program))
     return any(
-        opcode in _POSITIONS
-        or (window and opcode in _RANGES)
+        opcode in _SETS
+        or (narrow and opcode in _RANGES)
         or (opcode in _KEY_BLOCK and operands[_KEY_BLOCK[opcode]] % _WIDE != 0)
         for opcode, operands in found
     )
+
+
+def _windows(program: Sequence[int]) -> list[tuple[int, int]]:
+    """The windows in a mask's program: the distances to their first and last keys."""
+    return [
+        (operands[0], operands[1])
+        for opcode, operands in instructions(program)
+        if opcode == _BAND and all(map(is_bound, operands))
+    ]
+
+
+def _is_local(program: Sequence[int]) -> bool:
+    """Whether rows near each other read much the same few keys, so that little cache serves them.
+
+    Rows of a residue, which strided patterns have, read keys of the whole sequence.
+    """
+    opcodes = {opcode for opcode, _ in instructions(program)}
+    return _MODULI[1] not in opcodes and (_SEGMENTS in opcodes or bool(_windows(program)))
 
 
 def output_in_query(problem_widths: tuple[int, int], config: TritonForwardHopperConfig) -> bool:
@@ -119,7 +140,8 @@ def default_for(problem: AttentionProblem) -> TritonForwardHopperConfig:
     kv_heads = max(1, _MAX_GROUP_BYTES // max(kv_bytes, 1))
     # Uneven rows balance better the more of them there are to give out, longest first.
     most = 16 if problem.program else 4
-    head_group = min(next_power_of_2(kv_heads + 1) // 2, most) * problem.group_size
+    least = _LOCAL_HEADS if _is_local(problem.program) else 1
+    head_group = max(min(next_power_of_2(kv_heads + 1) // 2, most), least) * problem.group_size
     # Where a mask's blocks are smaller than 128 keys, narrower tiles visit fewer keys.
     narrow = width > 128 or _is_fine(problem.program)
     stages = 2 if width > 64 and not (narrow and width == 128) else 3

@@ -63,7 +63,9 @@ def test_defaults_follow_the_problem():
     causal = configs.default_for(problem(program=program("causal")))
     assert causal.block_k == 128
     assert configs.default_for(problem(program=program("window"))).block_k == 128
-    assert configs.default_for(problem(program=program("longformer"))).block_k == 64
+    assert configs.default_for(problem(program=program("longformer"))).block_k == 128
+    narrow = problem(program=tuple(masks.longformer(128, 64).program))
+    assert configs.default_for(narrow).block_k == 64
     for block, block_k in ((128, 128), (256, 128), (64, 64), (192, 64)):
         drawn = problem(program=tuple(masks.RandomBlocks(block, 8, 0).program))
         assert configs.default_for(drawn).block_k == block_k
@@ -75,6 +77,10 @@ def test_defaults_follow_the_problem():
     assert configs.default_for(short).block_q == 128
     # As many heads at a time as the L2 cache holds: two of 16384 keys, with their query heads.
     assert dense.head_group == 2 * DENSE.group_size
+    # A window reads few of them at a time; a stride reads all.
+    for name, heads in (("window", 4), ("longformer", 4), ("strided", 1)):
+        long = problem(program=program(name), seqlen_q=65536, seqlen_k=65536)
+        assert configs.default_for(long).head_group == heads * DENSE.group_size, name
 
 
 @pytest.mark.parametrize(
