@@ -27,6 +27,18 @@ KERNELS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
         ("triton",),
     ),
     "triton_forward": ("triton", "portattn.backends.triton.forward", "TritonForward", ("triton",)),
+    "triton_backward_hopper": (
+        "triton",
+        "portattn.backends.triton.hopper_backward",
+        "TritonBackwardHopper",
+        ("triton",),
+    ),
+    "triton_backward": (
+        "triton",
+        "portattn.backends.triton.backward",
+        "TritonBackward",
+        ("triton",),
+    ),
     "cupy_forward_sm80": (
         "cupy",
         "portattn.backends.cupy.forward_sm80",

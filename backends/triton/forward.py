@@ -24,15 +24,13 @@ _OLDEST_TRITON = (3, 6)
 
 
 def device_reasons(problem: AttentionProblem) -> list[str]:
-    """What no kernel of plain Triton can run: by dtype, widths, gradients, Triton and device."""
+    """What no kernel of plain Triton can run: by dtype, widths, Triton and device."""
     reasons = []
     if problem.dtype not in ("float16", "bfloat16", "float32"):
         reasons.append(f"it computes float16, bfloat16 and float32, not {problem.dtype}")
     for name, value in (("head_dim", problem.head_dim), ("head_dim_v", problem.head_dim_v)):
         if not 1 <= value <= _MAX_HEAD_DIM:
             reasons.append(f"{name} is {value}; it computes 1 to {_MAX_HEAD_DIM}")
-    if "grad" in problem.features:
-        reasons.append("it has no backward")
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version < _OLDEST_TRITON:
         reasons.append(f"it needs triton 3.6 or later; {triton.__version__} is installed")

@@ -53,7 +53,7 @@ def pass_launches(
     vector = vector_elements((query, key, value, output))
     launches = []
     for index in range(plan.num_passes):
-        shape = _pass_shape(plan, schedule, index)
+        shape = pass_shape(plan, schedule, index)
         key_layout = value_layout = None
         if config.tma and not shape.stepped:
             key_layout, value_layout = (descriptor_layout(x, vector) for x in (key, value))
@@ -117,7 +117,8 @@ def _integers(
     )
 
 
-def _pass_shape(plan: Plan, schedule: Schedule, index: int) -> PassShape:
+def pass_shape(plan: Plan, schedule: Schedule, index: int) -> PassShape:
+    """Which items a pass has, and which kinds of tiles occur in it."""
     items = int(schedule.item_ptr[index]), int(schedule.items_per_pass[index])
     if not plan.has_steps and plan.num_id_rows == 0:
         return PassShape(*items, stepped=False, ids=False)

@@ -6,6 +6,7 @@ Nothing else may look at the version.
 # mypy: ignore-errors
 from __future__ import annotations
 
+from triton._C.libtriton import ir
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -25,12 +26,27 @@ else:
     copy_in = tma.async_copy_global_to_shared
     copy_out = tma.async_copy_shared_to_global
 copy_out_wait = tma.store_wait
+
+
+if hasattr(tma, "async_atomic_add"):
+    add_out = tma.async_atomic_add
+else:
+
+    @gl._core.builtin
+    def add_out(tensor_desc, coord, src, _semantic=None):
+        """TMA, shared to global memory, adding; Gluon of Triton 3.6 has it without a name."""
+        coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+        kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
+        _semantic.builder.create_async_tma_reduce(kind, tensor_desc.handle, coord, src.handle)
+
+
 # Joins the threads of one partition; the compiler does not order a TMA store's end by itself.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 __all__ = [
     "GluonASTSource",
     "TensorDescriptor",
+    "add_out",
     "barrier",
     "copy_in",
     "copy_out",

@@ -138,10 +138,10 @@ def compile_hopper(
         options=compile_options(config.block_q),
     )
     assembler = ["-v", "--regAllocOptLevel=2", "--gpu-name=sm_90a", "-o", os.devnull]
-    log = _run_tool(get_ptxas(90).path, assembler, made.asm["ptx"])
+    log = run_tool(get_ptxas(90).path, assembler, made.asm["ptx"])
     bundled = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
     dumper = os.path.join(bundled, "cuobjdump")
-    code = _run_tool(dumper, ["-res-usage", "-sass"], made.asm["cubin"])
+    code = run_tool(dumper, ["-res-usage", "-sass"], made.asm["cubin"])
     stack = re.search(r"STACK:(\d+)", code)
     loops = main_loops(code)
     return CompiledHopper(
@@ -153,7 +153,7 @@ def compile_hopper(
     )
 
 
-def _run_tool(tool: str, arguments: Sequence[str], text: str | bytes) -> str:
+def run_tool(tool: str, arguments: Sequence[str], text: str | bytes) -> str:
     """Both streams of a tool that Triton brings along, on a file of this text."""
     suffix = ".ptx" if isinstance(text, str) else ".cubin"
     with tempfile.NamedTemporaryFile(suffix=suffix) as file:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from portattn.backends.base import AttentionInputs
     from portattn.backends.triton.config import TritonForwardConfig
 
-_TCGEN05 = ("sm_100", "sm_103", "sm_110")
+TCGEN05 = ("sm_100", "sm_103", "sm_110")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ def make_variant(
         inputs.lse is not None,
         config.precision if inputs.query.dtype == torch.float32 else "ieee",
         # Triton 3.6 and 3.9 fail an assertion when they pipeline such a loop for tcgen05.
-        1 if arch in _TCGEN05 and (scaled or shape.ids) else config.partial_stages,
+        1 if arch in TCGEN05 and (scaled or shape.ids) else config.partial_stages,
     )
 
 

@@ -2,7 +2,11 @@
 
 import torch
 
-from portattn.ops.autograd import attention_autograd, refuse_vmap
+from portattn.ops.autograd import (
+    attention_autograd,
+    attention_backward_autograd,
+    refuse_vmap,
+)
 from portattn.ops.forward import (
     attention,
     attention_backward,
@@ -32,6 +36,9 @@ def _register() -> None:
         LIBRARY.impl("attention", attention, device)  # type: ignore[no-untyped-call]
         LIBRARY.impl("attention_backward", attention_backward, device)  # type: ignore[no-untyped-call]
     LIBRARY.impl("attention", attention_autograd, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
+    LIBRARY.impl(  # type: ignore[no-untyped-call]
+        "attention_backward", attention_backward_autograd, "Autograd", with_keyset=True
+    )
     torch.library.register_fake("portattn::attention", attention_fake, lib=LIBRARY)
     torch.library.register_fake(
         "portattn::attention_backward", attention_backward_fake, lib=LIBRARY

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+from torch.autograd import forward_ad
 
 from portattn import dispatch, validation
 from portattn.backends import registry
 from portattn.errors import UnsupportedError
 from portattn.ops.schema import Arguments, SchemaValue
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 Context: TypeAlias = Any  # torch.autograd's, which has no type of its own
 KeySet: TypeAlias = Any  # torch._C.DispatchKeySet
@@ -59,8 +63,9 @@ class _AttentionFunction(torch.autograd.Function):
 def attention_autograd(keyset: KeySet, *values: SchemaValue) -> tuple[torch.Tensor, torch.Tensor]:
     """The op at the Autograd key: through `_AttentionFunction` where an input needs a gradient."""
     below = keyset & torch._C._after_autograd_keyset
+    arguments = Arguments(*values)
+    refuse_tangents(arguments.differentiable())
     if torch.is_grad_enabled():
-        arguments = Arguments(*values)
         inputs = [tensor for tensor in arguments.differentiable() if tensor is not None]
         if any(tensor.requires_grad for tensor in inputs):
             refuse_gradients(arguments.backend, arguments.query.device.type)
@@ -75,6 +80,61 @@ def attention_autograd(keyset: KeySet, *values: SchemaValue) -> tuple[torch.Tens
     return result
 
 
+class _BackwardFunction(torch.autograd.Function):
+    """The backward op, which has no gradients of its own: asking for them raises."""
+
+    @staticmethod
+    def forward(ctx: Context, keyset: KeySet, *values: SchemaValue) -> tuple[torch.Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            results: tuple[torch.Tensor, ...] = (
+                torch.ops.portattn.attention_backward.default.redispatch(keyset, *values)
+            )
+        return results
+
+    @staticmethod
+    def backward(ctx: Context, *grads: torch.Tensor) -> tuple[Any, ...]:
+        raise UnsupportedError(
+            "double backward: a gradient of attention() is differentiated again, which no "
+            "backend can do. Leave create_graph=False, or write this part of the model in plain "
+            "torch operations"
+        )
+
+
+def attention_backward_autograd(keyset: KeySet, *values: SchemaValue) -> tuple[torch.Tensor, ...]:
+    """The backward op at the Autograd key: its results cannot be differentiated."""
+    below = keyset & torch._C._after_autograd_keyset
+    tensors = [entry for entry in values if isinstance(entry, torch.Tensor)]
+    refuse_tangents(tensors)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        results: tuple[torch.Tensor, ...] = _BackwardFunction.apply(below, *values)  # type: ignore[no-untyped-call]
+        return results
+    with torch._C._AutoDispatchBelowAutograd():
+        found: tuple[torch.Tensor, ...] = torch.ops.portattn.attention_backward.default.redispatch(
+            below, *values
+        )
+    return found
+
+
+def refuse_tangents(tensors: Iterable[torch.Tensor | None]) -> None:
+    """Called at the Autograd key, where forward-mode tangents would be dropped.
+
+    Raises:
+        UnsupportedError: a tensor has one.
+    """
+    if forward_ad._current_level < 0:
+        return
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+            raise UnsupportedError(
+                "forward-mode AD: an input of attention() has a tangent "
+                "(torch.autograd.forward_ad.make_dual, torch.func.jvp), and there are no "
+                "forward-mode gradients: use reverse mode, or write this part of the model in "
+                "plain torch operations"
+            )
+
+
 def refuse_gradients(backend: str, device_type: str) -> None:
     """Called where an input requires grad, with or without concrete sizes.
 
@@ -82,6 +142,8 @@ def refuse_gradients(backend: str, device_type: str) -> None:
         UnsupportedError: no kernel of the backend has a backward.
     """
     reasons = {}
+    dispatch.candidates(backend)  # an unknown one is refused as itself
+    backend = dispatch.backward_backend(backend)
     for name in dispatch.candidates(backend):
         why = dispatch.absence(name, device_type, is_named=backend != "auto")
         if not why and registry.kernel(name).has_backward:
