@@ -56,6 +56,37 @@ class CpuArgs(ctypes.Structure):
     ]
 
 
+class CpuBackwardArgs(ctypes.Structure):
+    """pa_cpu_backward_args: one call."""
+
+    _fields_: ClassVar = [
+        ("struct_size", c_uint32),
+        ("abi_version", c_uint32),
+        *((name, c_void_p) for name in (
+            "query", "key", "value", "output", "lse", "grad_output", "grad_lse", "bias",
+            "alibi_slopes", "sinks", "grad_query", "grad_key", "grad_value", "grad_alibi_slopes",
+            "grad_bias", "grad_sinks",
+        )),
+        *((f"{name}_strides", c_int64 * count) for name, count in (
+            ("query", 3), ("key", 3), ("value", 3), ("output", 3), ("lse", 3), ("grad_output", 3),
+            ("grad_lse", 3), ("bias", 4), ("alibi", 2), ("grad_query", 3), ("grad_key", 3),
+            ("grad_value", 3), ("grad_alibi", 2), ("grad_bias", 4),
+        )),
+        *((name, c_int64) for name in (
+            "batch", "num_heads", "num_kv_heads", "seqlen_q", "seqlen_k", "head_dim", "head_dim_v",
+        )),
+        ("plan", c_void_p),
+        ("dtype", c_int32),
+        ("bias_dtype", c_int32),
+        ("scale", c_float),
+        ("softcap", c_float),
+        ("threads", c_int32),
+        ("pack", c_int32),
+        ("plan_batch", c_int32),
+        ("reserved", c_int32),
+    ]  # fmt: skip
+
+
 PACK = {"auto": 0, "none": 1, "rows": 2, "tiles": 3}  # PA_PACK_...
 
 
@@ -65,6 +96,8 @@ def functions() -> ctypes.CDLL:
     lib = native.library()
     lib.portattn_cpu_forward.argtypes = (POINTER(CpuArgs), c_char_p, c_int64)
     lib.portattn_cpu_forward.restype = c_int32
+    lib.portattn_cpu_backward.argtypes = (POINTER(CpuBackwardArgs), c_char_p, c_int64)
+    lib.portattn_cpu_backward.restype = c_int32
     lib.portattn_cpu_isa.restype = c_char_p
     lib.portattn_cpu_panel.restype = c_int32
     lib.portattn_cpu_select_isa.argtypes = (c_char_p,)

@@ -3,8 +3,8 @@
     S^T = K Q^T;  m' = max(m, max S);  P = exp2(S - m');  O^T := O^T exp2(m - m') + V^T P^T
 
 (Dao et al., FlashAttention, 2022, algorithm 1, transposed: maxima and sums run down the lanes,
-never across.) Takes every plan, dtype and score term. It has no backward, and a few query rows
-leave lanes idle: `decode`.
+never across.) Takes every plan, dtype and score term; a few query rows leave lanes idle: `decode`.
+Its backward is `backward`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, ClassVar, cast
 
-from portattn.backends.base import AttentionInputs, Config, ConfigValue, Kernel
-from portattn.backends.cpu import abi, prepared
+from portattn.backends.base import AttentionGradients, AttentionInputs, Config, ConfigValue, Kernel
+from portattn.backends.cpu import abi, backward, prepared
 from portattn.backends.cpu.sources import source_files
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class CpuForward(Kernel):
     name: ClassVar[str] = "cpu_forward"
     backend: ClassVar[str] = "cpu"
     config_type: ClassVar[type[Config]] = CpuForwardConfig
+    has_backward: ClassVar[bool] = True
 
     def unsupported_reasons(self, problem: AttentionProblem) -> list[str]:
         """Other devices, and dtypes or head sizes that attention() does not take either."""
@@ -103,6 +104,12 @@ class CpuForward(Kernel):
     def run(self, inputs: AttentionInputs, config: Config) -> None:
         """See `Kernel.run`."""
         prepared.run(inputs, config, _settings)
+
+    def backward(
+        self, inputs: AttentionInputs, gradients: AttentionGradients, config: Config
+    ) -> None:
+        """See `Kernel.backward`. Its tiles are its own: the config is the forward's."""
+        backward.run(inputs, gradients, backward.default_tiles(inputs))
 
     def source_files(self) -> Sequence[str]:
         """This module and the C++ of the kernel."""

@@ -4,6 +4,17 @@
 """
 
 from portattn.conformance.cases import CASES, Case
+from portattn.conformance.gradients import check_gradients, gradient_outcome
 from portattn.conformance.suite import DTYPES, Outcome, check, kernels, outcome
 
-__all__ = ["CASES", "DTYPES", "Case", "Outcome", "check", "kernels", "outcome"]
+__all__ = [
+    "CASES",
+    "DTYPES",
+    "Case",
+    "Outcome",
+    "check",
+    "check_gradients",
+    "gradient_outcome",
+    "kernels",
+    "outcome",
+]

@@ -33,6 +33,7 @@ class Outcome:
         status: ``"pass"``, ``"fail"`` or ``"refused"``.
         output, lse: the comparisons; None where nothing was computed.
         detail: why it failed or was refused.
+        gradients: those of gradients by their input's name (gradients.gradient_outcome).
     """
 
     kernel: str
@@ -42,6 +43,7 @@ class Outcome:
     output: Comparison | None = None
     lse: Comparison | None = None
     detail: str = ""
+    gradients: tuple[tuple[str, Comparison], ...] = ()
 
 
 def kernels(backends: list[str] | None = None) -> list[str]:
@@ -72,7 +74,7 @@ def outcome(kernel: str, case: Case, dtype: str, device: str = "cpu") -> Outcome
     try:
         is_eager = registry.KERNELS[kernel][0] == "reference"
         for _ in range(2):
-            with _single_thread() if is_eager else contextlib.nullcontext():
+            with single_thread() if is_eager else contextlib.nullcontext():
                 output, lse = _run(dataclasses.replace(inputs, options=options))
             results.append((output, lse))
             judged.append(
@@ -117,7 +119,7 @@ def _expected(
     Both are computed on the CPU, so that every device is held to the same yardstick: a GPU library
     sums a decode row's products in many parallel parts, with an error that no one loop reaches.
     """
-    with _single_thread():
+    with single_thread():
         inputs = draw(case, DTYPES[dtype], "cpu")
         law = _reference(inputs.to(torch.float64), "float64")
         eager = _reference(inputs, "input")
@@ -130,7 +132,7 @@ def _move(tensors: tuple[torch.Tensor, ...], device: str) -> tuple[torch.Tensor,
 
 
 @contextlib.contextmanager
-def _single_thread() -> Iterator[None]:
+def single_thread() -> Iterator[None]:
     """Small tensors: threads that wait for each other cost up to 25x on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -153,23 +155,31 @@ def _run(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     Raises:
         AssertionError: it wrote outside its outputs, or into its inputs.
     """
-    before = [tensor.clone() for tensor in _tensors(inputs)]
     like = call.empty_output(inputs.query, inputs.value)
-    output, output_memory = _guarded(like)
-    lse, lse_memory = _guarded(torch.empty_like(like[..., 0], dtype=call.lse_dtype(inputs.query)))
-    call.run_into(
-        inputs.query, inputs.key, inputs.value, inputs.terms, inputs.options, output, lse
-    )
-    for name, memory in (("output", output_memory), ("lse", lse_memory)):
-        size = _CANARY_ELEMENTS * (output if name == "output" else lse).element_size()
-        if not bool(
-            (memory[:size] == _CANARY_BYTE).all() and (memory[-size:] == _CANARY_BYTE).all()
-        ):
-            raise AssertionError(f"it wrote outside its {name}")
-    for tensor, copy in zip(_tensors(inputs), before, strict=True):
-        if not _same_bits(tensor, copy):
-            raise AssertionError("it changed one of its inputs")
+    output, output_memory = guarded(like)
+    lse, lse_memory = guarded(torch.empty_like(like[..., 0], dtype=call.lse_dtype(inputs.query)))
+    with unchanged(inputs):
+        call.run_into(
+            inputs.query, inputs.key, inputs.value, inputs.terms, inputs.options, output, lse
+        )
+        for name, tensor, memory in (("output", output, output_memory), ("lse", lse, lse_memory)):
+            if not is_intact(tensor, memory):
+                raise AssertionError(f"it wrote outside its {name}")
     return output, lse
+
+
+@contextlib.contextmanager
+def unchanged(inputs: Inputs) -> Iterator[None]:
+    """What is done inside must leave the inputs as they are.
+
+    Raises:
+        AssertionError: it did not.
+    """
+    before = [tensor.clone() for tensor in _tensors(inputs)]
+    yield
+    for tensor, copy in zip(_tensors(inputs), before, strict=True):
+        if not same_bits(tensor, copy):
+            raise AssertionError("it changed one of its inputs")
 
 
 def _tensors(inputs: Inputs) -> list[torch.Tensor]:
@@ -177,7 +187,7 @@ def _tensors(inputs: Inputs) -> list[torch.Tensor]:
     return [inputs.query, inputs.key, inputs.value, *terms]
 
 
-def _guarded(like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def guarded(like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A NaN-filled tensor like ``like``, and its memory with the canaries, as bytes."""
     count = like.numel() + 2 * _CANARY_ELEMENTS
     flat = torch.empty(count, dtype=like.dtype, device=like.device)
@@ -188,7 +198,15 @@ def _guarded(like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return flat.as_strided(dense.shape, dense.stride(), _CANARY_ELEMENTS).fill_(torch.nan), memory
 
 
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+def is_intact(tensor: torch.Tensor, memory: torch.Tensor) -> bool:
+    """Whether the canaries of `guarded` are still there."""
+    size = _CANARY_ELEMENTS * tensor.element_size()
+    ends = torch.cat((memory[:size], memory[-size:]))
+    return bool((ends == _CANARY_BYTE).all())
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one dtype hold the same bits."""
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
@@ -207,6 +225,6 @@ def _fault(
                     f"{comparison.allowed:.3g} (eager {comparison.eager_error:.3g})"
                 )
     (first, first_lse), (second, second_lse) = results
-    if not (_same_bits(first, second) and _same_bits(first_lse, second_lse)):
+    if not (same_bits(first, second) and same_bits(first_lse, second_lse)):
         return "two runs on the same inputs differ"
     return ""

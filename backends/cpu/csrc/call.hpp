@@ -6,6 +6,7 @@
 namespace portattn {
 namespace cpu {
 
+struct BackwardCall;
 struct Kernels;
 
 struct Call {
@@ -51,6 +52,11 @@ struct Kernels {
     int64_t (*pack_bytes)(const Call&);
     int64_t (*pack_tasks)(const Call&);
     void (*pack_task)(const Call&, int64_t index);
+    // The backward (backward_call.hpp): statistics of rows, one pass over key tiles, gradients from sums.
+    void (*backward_rows)(const BackwardCall&, int64_t index);
+    int64_t (*backward_scratch)(const BackwardCall&);
+    void (*backward_task)(const BackwardCall&, int32_t pass, int64_t index, void* scratch);
+    void (*backward_store)(const BackwardCall&, int64_t index);
 };
 
 // Baseline code (rows.cpp). Adds 1 to the row's counter; true for the piece that arrives last.

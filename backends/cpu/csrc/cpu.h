@@ -60,8 +60,56 @@ typedef struct {
     int32_t plan_batch;   // the plan's batch index of the tensors' first batch
 } pa_cpu_args;
 
+// One backward call. Shapes and strides are as in pa_cpu_args; the last dimension of every tensor is
+// contiguous but for the LSE's, its gradient's and the bias's.
+typedef struct {
+    uint32_t struct_size;  // sizeof(pa_cpu_backward_args)
+    uint32_t abi_version;  // PA_ABI_VERSION
+    const void* query;
+    const void* key;
+    const void* value;
+    const void* output;  // of the forward
+    const float* lse;    // of the forward, natural log
+    const void* grad_output;
+    const float* grad_lse;  // may be NULL: zero
+    const void* bias;       // may be NULL, as the next two
+    const float* alibi_slopes;
+    const float* sinks;
+    void* grad_query;  // written, in the query's dtype; NULL: not asked for, as all that follow
+    void* grad_key;    // keys that no tile visits get 0
+    void* grad_value;
+    float* grad_alibi_slopes;  // [batch, num_heads] by its strides; added to, as the next two
+    float* grad_bias;          // strides of 0 where it is the sum over a dimension
+    float* grad_sinks;         // [num_heads], contiguous
+    int64_t query_strides[3];
+    int64_t key_strides[3];
+    int64_t value_strides[3];
+    int64_t output_strides[3];
+    int64_t lse_strides[3];
+    int64_t grad_output_strides[3];
+    int64_t grad_lse_strides[3];
+    int64_t bias_strides[4];
+    int64_t alibi_strides[2];
+    int64_t grad_query_strides[3];
+    int64_t grad_key_strides[3];
+    int64_t grad_value_strides[3];
+    int64_t grad_alibi_strides[2];
+    int64_t grad_bias_strides[4];
+    int64_t batch, num_heads, num_kv_heads, seqlen_q, seqlen_k, head_dim, head_dim_v;
+    const pa_plan* plan;  // transposed; block_q a multiple of 32, block_k of portattn_cpu_panel()
+    int32_t dtype;
+    int32_t bias_dtype;
+    float scale;
+    float softcap;
+    int32_t threads;
+    int32_t pack;        // PA_PACK_NONE: no AMX; PA_PACK_TILES: AMX; PA_PACK_AUTO: where it pays
+    int32_t plan_batch;  // the plan's batch index of the tensors' first batch
+    int32_t reserved;
+} pa_cpu_backward_args;
+
 // 0, or an error code with a message in err.
 PA_EXPORT int32_t portattn_cpu_forward(const pa_cpu_args* args, char* err, int64_t err_len);
+PA_EXPORT int32_t portattn_cpu_backward(const pa_cpu_backward_args* args, char* err, int64_t err_len);
 // Name of the instruction set in use ("x86-64-v4", ...), and the rows of one panel in it.
 PA_EXPORT const char* portattn_cpu_isa(void);
 PA_EXPORT int32_t portattn_cpu_panel(void);

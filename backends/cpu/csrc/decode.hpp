@@ -42,12 +42,6 @@ PA_INLINE vf sum_lanes(vf* v) {
     return v[0];
 }
 
-PA_INLINE float sum_of(vf v) {
-    float s = 0.0f;
-    for (int i = 0; i < VL; ++i) s += v[i];
-    return s;
-}
-
 // Rows to bring into the level-2 cache while others are worked on: with keys and values read as two streams
 // at once, memory keeps more requests in flight than one stream does (they stop at page ends).
 struct Ahead {

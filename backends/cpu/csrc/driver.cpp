@@ -5,43 +5,18 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__x86_64__)
-#include <xmmintrin.h>
-#endif
-
 #include <algorithm>
 #include <new>
 
 #include "call.hpp"
 #include "isa.hpp"
 #include "memory.hpp"
+#include "no_denormals.hpp"
 #include "threads.hpp"
 
 namespace portattn {
 namespace cpu {
 namespace {
-
-// Denormal numbers count as 0 while it lives. A key far below its row's maximum has a denormal weight, and
-// one product with it costs a hundred others: on a real text whole calls took three times as long.
-class NoDenormals {
-  public:
-#if defined(__x86_64__)
-    NoDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }  // FTZ and DAZ
-    ~NoDenormals() { _mm_setcsr(before_); }
-
-  private:
-    unsigned before_;
-#else
-    NoDenormals() {
-        asm volatile("mrs %0, fpcr" : "=r"(before_));
-        asm volatile("msr fpcr, %0" : : "r"(before_ | (1ull << 24)));  // FZ
-    }
-    ~NoDenormals() { asm volatile("msr fpcr, %0" : : "r"(before_)); }
-
-  private:
-    uint64_t before_;
-#endif
-};
 
 constexpr int64_t MAX_HEAD_DIM = 256;
 constexpr double SERIAL_US =

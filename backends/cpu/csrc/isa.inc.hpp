@@ -1,7 +1,9 @@
 // The body of every isa_*.cpp: all kernels in namespace PA_ISA, and their table.
+#include "backward_rows.hpp"
 #include "decode.hpp"
 #include "forward.hpp"
 #if defined(PA_ISA_AMX)
+#include "amx_backward.hpp"
 #include "amx_forward.hpp"
 #endif
 
@@ -57,16 +59,25 @@ static int64_t pack_tasks(const Call&) { return 0; }
 static void pack_task(const Call&, int64_t) {}
 constexpr auto main_scratch = forward_scratch;
 constexpr auto main_item = forward_item;
+constexpr auto any_backward = fma_backward;
 constexpr bool packs_tiles = false;
 #else
 constexpr auto main_scratch = amx_scratch;
 constexpr auto main_item = amx_item;
+constexpr auto any_backward = amx_backward;
 constexpr bool packs_tiles = true;
 #endif
 
+static int64_t backward_scratch(const BackwardCall& call) { return any_backward(call, 0, 0, nullptr); }
+static void backward_task(const BackwardCall& call, int32_t pass, int64_t index, void* scratch) {
+    any_backward(call, pass, index, scratch);
+}
+
 extern const Kernels kernels;
-const Kernels kernels = {PA_ISA_NAME, W,        main_scratch, main_item,  decode_scratch, decode_item,
-                         fma_flops,   read_sum, packs_tiles,  pack_bytes, pack_tasks,     pack_task};
+const Kernels kernels = {PA_ISA_NAME,   W,         main_scratch,  main_item,        decode_scratch,
+                         decode_item,   fma_flops, read_sum,      packs_tiles,      pack_bytes,
+                         pack_tasks,    pack_task, backward_rows, backward_scratch, backward_task,
+                         backward_store};
 
 }  // namespace PA_ISA
 }  // namespace cpu

@@ -46,6 +46,12 @@ PA_INLINE void store(float* p, vf v) { *(vf*)p = v; }
 PA_INLINE void storeu(float* p, vf v) { *(vfu*)p = v; }
 PA_INLINE vf splat(float x) { return vf{} + x; }
 
+PA_INLINE float sum_of(vf v) {
+    float s = 0.0f;
+    for (int i = 0; i < VL; ++i) s += v[i];
+    return s;
+}
+
 // max(a, b); b if either is NaN.
 PA_INLINE vf vmax(vf a, vf b) {
 #if defined(__AVX512F__)

@@ -20,6 +20,7 @@ endif()
 
 target_sources(portattn PRIVATE
     ${PA_CPU_ISA_SOURCES}
+    ${PA_CPU_SOURCE_DIR}/backward_driver.cpp
     ${PA_CPU_SOURCE_DIR}/driver.cpp
     ${PA_CPU_SOURCE_DIR}/isa.cpp
     ${PA_CPU_SOURCE_DIR}/limits.cpp
