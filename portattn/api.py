@@ -6,6 +6,7 @@ import functools
 from typing import TYPE_CHECKING, Literal, overload
 
 import torch
+from torch.autograd import forward_ad
 
 from portattn import call, dispatch, validation
 from portattn.errors import ConfigError
@@ -219,6 +220,7 @@ def _call_eager(
         not is_plain
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
         or is_negated(query, key, value, terms)
         or (torch.is_grad_enabled() and requires_grad(query, key, value, terms))
     )

@@ -10,6 +10,7 @@ import pytest
 
 # Before portattn is imported anywhere, so that no test reads or writes the user's own database.
 os.environ["PORTATTN_DB"] = "none"
+os.environ["PORTATTN_MISSES"] = "off"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
 
@@ -24,6 +25,15 @@ def fixed_seeds():
     random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def postgresql():
+    """A PostgreSQL server; `database()` of it is the URL of a new database."""
+    from tests.postgresql import Cluster
+
+    with Cluster() as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="session")

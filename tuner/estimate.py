@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from portattn.masks.opcodes import DIFF_MODULO, KEY_MODULO, instructions
 from portattn.tuner import pool, session
 from portattn.tuner.space import SpaceError, enumerate_space
 from portattn.tuning_db.key import bucket
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
 
     from portattn.backends.base import Kernel
     from portattn.device import DeviceKey
-    from portattn.problem import AttentionProblem
     from portattn.tuner.cases import Case
 
 # Configs of a kernel after which a search has, as a rule, found what it will find.
@@ -83,20 +81,13 @@ def estimate(
         ready = []
         for kernel in usable:
             try:
-                code = _code(kernel, case.problem)
+                code = session.shared_code(kernel, case.problem)
                 ready.append(_kernel(kernel, case, device, most, is_compiled=code in compiled))
                 compiled.add(code)
             except SpaceError as error:
                 refused[kernel.name] = (str(error),)
         found.append(ProblemEstimate(bucket(case.problem).label, tuple(ready), refused))
     return found
-
-
-def _code(kernel: Kernel, problem: AttentionProblem) -> tuple[object, ...]:
-    """Problems with equal ones share compiled code, as a rule."""
-    steps = {opcode for opcode, _ in instructions(problem.program)} & {KEY_MODULO, DIFF_MODULO}
-    widths = (problem.head_dim, problem.head_dim_v)
-    return kernel.name, problem.dtype, widths, problem.features, bool(steps)
 
 
 def _kernel(

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from portattn.backends.base import Config, Kernel
     from portattn.tuner.cases import Case
+    from portattn.tuner.timers import Timer
 
 
 class DeviceLostError(TuningError):
@@ -110,7 +111,7 @@ class LocalExecutor(Executor):
         timer: how to time.
     """
 
-    def __init__(self, timer: measure.Timer) -> None:
+    def __init__(self, timer: Timer) -> None:
         self.policy = timer.policy
         self._timer = timer
         self._verifier: Verifier | None = None
@@ -135,9 +136,11 @@ class LocalExecutor(Executor):
                 except Exception as error:  # as in Verifier.check: it ends the candidate only
                     text = f"while timed: {type(error).__name__}: {str(error)[:1500]}"
                     verdict = Verdict("launch_error", text)
+                else:
+                    verdict = verifier.after_timing(verdict)
         if verdict.status != "ok":
             self._check_device(config)
-        return Attempt(verdict, tuple(samples))
+        return Attempt(verdict, tuple(samples) if verdict.status == "ok" else ())
 
     def rounds(
         self, entries: Sequence[Entry], seconds: float, *, min_rounds: int

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from portattn.backends.base import Config
+    from portattn.tuner.confirm import Confirmation
     from portattn.tuner.contender import Contender
     from portattn.tuner.executor import Executor
 
@@ -91,9 +92,23 @@ def winner(
 
 
 def verdict(
-    contender: Contender, measured: list[Measurement], winner: int
+    contender: Contender,
+    measured: list[Measurement],
+    winner: int,
+    confirmation: Confirmation | None = None,
 ) -> tuple[KernelResult, KernelReport]:
-    """What is stored of a contender, and what is shown."""
+    """What is stored of a contender, and what is shown.
+
+    Args:
+        contender: whose.
+        measured, winner: of `finals`.
+        confirmation: of the winner in another process; without success there the default stays.
+    """
+    unconfirmed = ""
+    if confirmation is not None and not confirmation.is_faster:
+        fields = canonical_json(measured[winner].params)
+        unconfirmed = f"{fields} in a fresh process: {confirmation.text}"
+        winner, confirmation = 0, None
     best = measured[winner] if measured else None
     result = KernelResult(
         kernel_name=contender.kernel.name,
@@ -101,11 +116,13 @@ def verdict(
         toolchain_class=contender.toolchain_class,
         source_sha256=contender.source_sha256,
         space_sha256=contender.space_sha256,
-        measurements=(*contender.measurements, *measured),
+        measurements=tuple(measured),
         best=best,
         verified_seeds=len(SEEDS),
         verified_rule=RULE,
         expected_rev=contender.incumbent_rev,
+        confirmed_ns=confirmation.best_ns if confirmation is not None else None,
+        confirmed_default_ns=confirmation.default_ns if confirmation is not None else None,
     )
     rejected = tuple(
         (one.params, one.status, one.error) for one in contender.measurements if one.status != "ok"
@@ -121,5 +138,6 @@ def verdict(
         default_ns=(best.default_ns or 0) if best is not None else 0,
         best_ns=best.timing.median_ns if best is not None and best.timing is not None else 0,
         kept_default=winner == 0,
+        unconfirmed=unconfirmed,
     )
     return result, report

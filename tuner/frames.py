@@ -24,15 +24,21 @@ if TYPE_CHECKING:
 Frame = dict[str, Any]
 MAX_FRAME_BYTES = 256 << 20
 _CHUNK_BYTES = 1 << 20
+_EXIT_SECONDS = 2.0
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 class PeerLostError(Exception):
-    """The process ended, or did not answer in time; the text says which."""
+    """The process ended, or did not answer in time; the text says which.
 
-    def __init__(self, text: str, *, timed_out: bool) -> None:
+    Attributes:
+        timed_out: it did not answer.
+        was_killed: SIGKILL ended it: no crash; perhaps its own doing, perhaps the machine's.
+    """
+
+    def __init__(self, text: str, *, timed_out: bool, was_killed: bool = False) -> None:
         super().__init__(text)
-        self.timed_out = timed_out
+        self.timed_out, self.was_killed = timed_out, was_killed
 
 
 def write(stream: IO[bytes], frame: Mapping[str, Any]) -> None:
@@ -109,10 +115,25 @@ class Peer:
             self._buffer += chunk
 
     def _lost(self, text: str, *, timed_out: bool = False) -> PeerLostError:
+        # Its own end tells more than ours: a process closes its pipes before it is gone.
+        is_own_end = not timed_out and self._ends_soon()
         self.end()
         code = self._process.returncode
         how = f"it ended by signal {-code}" if code < 0 else f"it exited with {code}"
-        return PeerLostError(text or how, timed_out=timed_out)
+        was_killed = is_own_end and code == -signal.SIGKILL
+        return PeerLostError(text or how, timed_out=timed_out, was_killed=was_killed)
+
+    def _ends_soon(self) -> bool:
+        """Wait for its end, without freeing its number, which is that of its group too."""
+        deadline = time.monotonic() + _EXIT_SECONDS
+        options = os.WEXITED | os.WNOWAIT | os.WNOHANG
+        while self._process.returncode is None:
+            if os.waitid(os.P_PID, self._process.pid, options) is not None:
+                return True
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.002)
+        return True
 
     def kill(self) -> None:
         """Kill the process and all that it started; whoever waits for an answer is told."""

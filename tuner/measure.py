@@ -2,115 +2,21 @@
 
 from __future__ import annotations
 
-import abc
+import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-import torch
-
-from portattn.errors import TuningError
 from portattn.tuning_db.records import Timing
 
-# One sample repeats shorter work until it lasts this long: the clock and the launch then weigh
-# little.
-SAMPLE_NS = 200_000
-MAX_REPEATS = 64
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from portattn.tuner.timers import Run, Timer
+
 # With five paired samples all on one side, chance is 3 in 100.
 MIN_ROUNDS = 5
-# Written before each timed run on a GPU: ten times an H100's L2 cache. That also takes longer than
-# the host needs to prepare a call.
-_FLUSH_BYTES = 512 << 20
-_GPU_REPEATS = ((50_000, 5), (500_000, 3))  # (runs under this many ns, runs of a sample)
-
-Run = Callable[[], object]
-
-
-class Timer(abc.ABC):
-    """How long a run takes, on one kind of device.
-
-    Attributes:
-        policy: how runs are timed: ``"eager_warm"`` or ``"eager_cold"`` (the L2 cache holds
-            nothing of the run, as in a model, where other layers ran in between).
-    """
-
-    policy = "eager_warm"
-
-    @abc.abstractmethod
-    def sample(self, run: Run, repeats: int) -> int:
-        """Time of one run, in ns, from `repeats` of them."""
-
-    def repeats_for(self, once_ns: int) -> int:
-        """How many runs of this time make one sample that noise does not drown."""
-        return max(1, min(MAX_REPEATS, SAMPLE_NS // max(once_ns, 1)))
-
-
-class CpuTimer(Timer):
-    """The host's monotonic clock, over runs back to back."""
-
-    def sample(self, run: Run, repeats: int) -> int:
-        """See `Timer.sample`."""
-        started = time.perf_counter_ns()
-        for _ in range(repeats):
-            run()
-        return (time.perf_counter_ns() - started) // repeats
-
-
-class CudaTimer(Timer):
-    """Events around each run on the device's current stream, with a cold L2 cache.
-
-    Args:
-        device: a CUDA (or ROCm) device.
-    """
-
-    policy = "eager_cold"
-
-    def __init__(self, device: str) -> None:
-        self._device = torch.device(device)
-        self._flush: torch.Tensor | None = None
-
-    def sample(self, run: Run, repeats: int) -> int:
-        """See `Timer.sample`: the median of the runs."""
-        with torch.cuda.device(self._device):
-            if self._flush is None:
-                self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=self._device)
-            pairs = [(_timing_event(), _timing_event()) for _ in range(repeats)]
-            for start, end in pairs:
-                self._flush.zero_()
-                start.record()
-                run()
-                end.record()
-            pairs[-1][1].synchronize()
-        times = [start.elapsed_time(end) for start, end in pairs]
-        return max(int(statistics.median(times) * 1e6), 1)
-
-    def repeats_for(self, once_ns: int) -> int:
-        """See `Timer.repeats_for`."""
-        return next((repeats for most, repeats in _GPU_REPEATS if once_ns < most), 1)
-
-
-def _timing_event() -> torch.cuda.Event:
-    event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    return event
-
-
-def policy_for(device: str) -> str:
-    """The policy of `timer_for`'s timer, which need not be made for that."""
-    return CudaTimer.policy if device.startswith("cuda") else CpuTimer.policy
-
-
-def timer_for(device: str) -> Timer:
-    """The timer of a torch device.
-
-    Raises:
-        TuningError: another device type.
-    """
-    if device.startswith("cpu"):
-        return CpuTimer()
-    if device.startswith("cuda"):
-        return CudaTimer(device)
-    raise TuningError(f"device is {device!r}; 'cpu' and 'cuda' devices can be tuned")
 
 
 def summarise(samples: Sequence[int]) -> Timing:
@@ -199,13 +105,27 @@ def interleave(
     return found
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ratio:
+    """Time of one candidate over another's, from paired samples: the median and its interval."""
+
+    median: float
+    low: float
+    high: float
+
+
+def ratio(candidate: Sequence[int], other: Sequence[int]) -> Ratio:
+    """Compare paired samples: those of one round belong together."""
+    parts = [
+        int(1_000_000 * mine / max(its, 1)) for mine, its in zip(candidate, other, strict=True)
+    ]
+    spread = summarise(parts)
+    return Ratio(spread.median_ns / 1e6, spread.ci95_lo_ns / 1e6, spread.ci95_hi_ns / 1e6)
+
+
 def is_faster(
     candidate: Sequence[int], default: Sequence[int], *, least_gain: float = 0.01
 ) -> bool:
     """Whether paired samples show a candidate faster, beyond noise and by at least least_gain."""
-    ratios = [
-        int(1_000_000 * mine / max(other, 1))
-        for mine, other in zip(candidate, default, strict=True)
-    ]
-    spread = summarise(ratios)
-    return spread.ci95_hi_ns < 1_000_000 and spread.median_ns <= 1_000_000 * (1 - least_gain)
+    found = ratio(candidate, default)
+    return found.high < 1 and found.median <= 1 - least_gain

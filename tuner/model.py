@@ -47,7 +47,7 @@ def coordinates(points: Sequence[Sequence[int]], ordered: Sequence[bool]) -> Flo
     return np.stack(columns, axis=1).astype(np.float64)
 
 
-def _distances(a: Floats, b: Floats) -> Floats:
+def distances(a: Floats, b: Floats) -> Floats:
     """Sum of absolute differences: [rows of a, rows of b]."""
     total = np.zeros((len(a), len(b)))
     for column in range(a.shape[1]):
@@ -55,26 +55,27 @@ def _distances(a: Floats, b: Floats) -> Floats:
     return total
 
 
-def most_promising(measured: Floats, times_ns: Sequence[float], untried: Floats) -> int:
-    """Which row of `untried` has the largest expected improvement over the best time.
+def most_promising(between: Floats, times_ns: Sequence[float], across: Floats) -> int:
+    """Which untried config has the largest expected improvement over the best time.
 
     Args:
-        measured: [n, columns] of `coordinates`, n >= 2.
+        between: distances of the measured configs, [n, n], n >= 2.
         times_ns: n; that of a failed config is a time that nobody wants.
-        untried: [m, columns], m >= 1.
+        across: distances of the measured configs to the untried ones, [n, m], m >= 1.
     """
-    if len(measured) > _MOST_MEASURED:
+    if len(between) > _MOST_MEASURED:
         best = np.argsort(times_ns, kind="stable")[:_MOST_MEASURED]
-        measured, times_ns = measured[best], [times_ns[index] for index in best]
+        between, across = between[np.ix_(best, best)], across[best]
+        times_ns = [times_ns[index] for index in best]
     logs = np.log(np.array(times_ns))
     spread = max(float(logs.std()), 1e-6)
     target = (logs - logs.mean()) / spread
-    between = _distances(measured, measured)
     fits = (
         _fit(between, target, decay, noise) for decay, noise in itertools.product(_DECAYS, _NOISES)
     )
-    _, decay, factor, weights = max(fits, key=lambda fit: fit[0])
-    covariance = np.exp(-decay * _distances(measured, untried))
+    _, decay, factor, half = max(fits, key=lambda fit: fit[0])
+    weights = np.linalg.solve(factor.T, half)
+    covariance = np.exp(-decay * across)
     mean = covariance.T @ weights
     explained = np.linalg.solve(factor, covariance)
     deviation = np.sqrt(np.maximum(1 - (explained**2).sum(axis=0), 1e-12))
@@ -88,9 +89,8 @@ def most_promising(measured: Floats, times_ns: Sequence[float], untried: Floats)
 def _fit(
     between: Floats, target: Floats, decay: float, noise: float
 ) -> tuple[float, float, Floats, Floats]:
-    """Log likelihood, the decay, the Cholesky factor and the weights of one choice."""
+    """Log likelihood, the decay, the Cholesky factor and the target divided by it."""
     factor: Floats = np.linalg.cholesky(np.exp(-decay * between) + noise * np.eye(len(target)))
     half: Floats = np.linalg.solve(factor, target)
-    weights: Floats = np.linalg.solve(factor.T, half)
     likelihood = -0.5 * float(half @ half) - float(np.log(np.diag(factor)).sum())
-    return likelihood, decay, factor, weights
+    return likelihood, decay, factor, half

@@ -105,7 +105,7 @@ class Offline:
     def _stop_cupy(self) -> None:
         import cupy
 
-        from portattn.backends.cupy import loader
+        from portattn.backends.cupy import forward_sm90, loader, tensor_map
 
         def load(program: loader.Program, device_index: int, shared_bytes: int) -> Any:  # noqa: ANN401
             name = loader.cache_key(program)
@@ -115,6 +115,10 @@ class Offline:
             raise _CompiledError
 
         loader.load_function = load
+        # The driver makes tensor maps; nobody reads these.
+        forward_sm90.encode = lambda address, shape: bytes(  # type: ignore[attr-defined]
+            tensor_map.MAP_BYTES
+        )
         cupy.cuda.runtime.setDevice = lambda index: None
 
     def _stop_triton(self, capability: int) -> None:

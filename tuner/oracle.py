@@ -1,15 +1,15 @@
 """Recorded times of a kernel's configs: a device that everybody has.
 
-A table holds every config measured for one kernel and problem. `RecordedKernel` and
-`ReplayExecutor` stand for kernel and device in `portattn.tuner.tune`, so that the same driver runs
-without the device, with noise and faults as wanted; `portattn.tuner.simulate` compares searches.
+A table holds every config measured for one kernel and problem. `portattn.tuner.replay` makes a
+kernel and a device of it, `portattn.tuner.simulate` compares searches on it.
 
-The file is JSON, one config a line::
+The file is JSON; a digit of a row stands for one of its field's values::
 
     {"format": "portattn-oracle", "version": 1, "device": name, "tables": [
-    {"kernel": ..., "backend": ..., "problem": label, "fields": [...], "default": [...], "rows": [
-    [value of each field ..., time in ns or status]
-    ]}
+    {"kernel": ..., "backend": ..., "problem": words or label, "values": {field: [value, ...]},
+     "default": "0110", "rows": {
+    "0000":time in ns or status,"0001":...
+    }}
     ]}
 """
 
@@ -17,29 +17,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import random
-from typing import TYPE_CHECKING, Any, ClassVar
+import string
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy
 
-from portattn.backends.base import AttentionInputs, Config, ConfigValue, Kernel
 from portattn.errors import TuningError
-from portattn.tuner.executor import Attempt, Entry, Executor
-from portattn.tuner.verify import Verdict
 from portattn.tuning_db import schema
 from portattn.tuning_db.key import ProblemKey
 from portattn.tuning_db.snapshot import check_params, key_from_values, parse_params
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from portattn.problem import AttentionProblem
-    from portattn.tuner.cases import Case
+    from portattn.backends.base import Config, ConfigValue
     from portattn.tuning_db.store import Store
 
 FORMAT, VERSION = "portattn-oracle", 1
 MAX_CHARS = 64 << 20
 _MAX_NS = 2**62
+_DIGITS = string.digits + string.ascii_letters
+_A_LINE = 8  # rows
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,7 +46,7 @@ class Table:
 
     Attributes:
         kernel, backend: the kernel.
-        problem: its label.
+        problem: its words for `cases.parse`, or its label.
         fields: of the kernel's configs.
         default: the default config's values.
         outcomes: values of the fields -> time in ns, or the status of a config that failed.
@@ -84,7 +82,7 @@ def load(text: str) -> tuple[str, list[Table]]:
         if (content["format"], content["version"]) != (FORMAT, VERSION):
             raise ValueError(f"it is not a {FORMAT} file of version {VERSION}")
         return str(content["device"])[:256], [_table(values) for values in content["tables"]]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         raise TuningError(
             f"the recorded times cannot be read: {type(error).__name__}: {str(error)[:200]}"
         ) from error
@@ -92,34 +90,68 @@ def load(text: str) -> tuple[str, list[Table]]:
 
 def _table(values: Mapping[str, Any]) -> Table:
     kernel, backend, problem = (values[name] for name in ("kernel", "backend", "problem"))
-    fields, default = tuple(values["fields"]), tuple(values["default"])
-    if not all(isinstance(text, str) for text in (kernel, backend, problem, *fields)):
+    columns = values["values"]
+    if not all(isinstance(text, str) for text in (kernel, backend, problem, *columns)):
         raise ValueError("kernel, backend, problem and fields are texts")
+    fields = tuple(columns)
     outcomes: dict[tuple[ConfigValue, ...], int | str] = {}
-    for *config, outcome in values["rows"]:
-        check_params(dict(zip(fields, config, strict=True)))
+    for digits, outcome in values["rows"].items():
         is_time = type(outcome) is int and 0 < outcome < _MAX_NS
         if not is_time and outcome not in schema.STATUSES:
             raise ValueError(f"{str(outcome)[:60]!r} is neither a time in ns nor a status")
-        outcomes[tuple(config)] = outcome
+        outcomes[_config(columns, digits)] = outcome
+    default = _config(columns, values["default"])
     if not isinstance(outcomes.get(default), int):
         raise ValueError("the default has no time")
     return Table(kernel, backend, problem, fields, default, outcomes)
 
 
+def _config(columns: Mapping[str, Any], digits: str) -> tuple[ConfigValue, ...]:
+    """The values that a row's digits stand for."""
+    found = {
+        name: values[_DIGITS.index(digit)]
+        for (name, values), digit in zip(columns.items(), digits, strict=True)
+    }
+    return tuple(check_params(found).values())
+
+
 def dump(device: str, tables: Sequence[Table]) -> str:
-    """The text of a file, one config a line."""
+    """The text of a file.
+
+    Raises:
+        TuningError: a field has more values than there are digits.
+    """
     parts = []
     for table in tables:
+        columns = {
+            name: sorted(set(values), key=lambda value: (str(type(value)), value))
+            for name, values in zip(table.fields, zip(*table.outcomes, strict=True), strict=True)
+        }
+        most = max((len(values) for values in columns.values()), default=0)
+        if most > len(_DIGITS):
+            raise TuningError(
+                f"a field of {table.kernel} has {most} values; at most {len(_DIGITS)} are recorded"
+            )
+        digits = {
+            config: "".join(
+                _DIGITS[values.index(value)]
+                for values, value in zip(columns.values(), config, strict=True)
+            )
+            for config in table.outcomes
+        }
         head = {
             "kernel": table.kernel,
             "backend": table.backend,
             "problem": table.problem,
-            "fields": table.fields,
-            "default": table.default,
+            "values": columns,
+            "default": digits[table.default],
         }
-        rows = sorted(json.dumps([*config, out]) for config, out in table.outcomes.items())
-        parts.append(json.dumps(head)[:-1] + ', "rows": [\n' + ",\n".join(rows) + "\n]}")
+        rows = sorted(
+            f'"{digits[config]}":{json.dumps(outcome)}'
+            for config, outcome in table.outcomes.items()
+        )
+        lines = [",".join(rows[index : index + _A_LINE]) for index in range(0, len(rows), _A_LINE)]
+        parts.append(json.dumps(head)[:-1] + ', "rows": {\n' + ",\n".join(lines) + "\n}}")
     start = json.dumps({"format": FORMAT, "version": VERSION, "device": device})
     return start[:-1] + ', "tables": [\n' + ",\n".join(parts) + "\n]}\n"
 
@@ -170,119 +202,3 @@ def from_store(store: Store) -> tuple[str, list[Table]]:
         if isinstance(entry["outcomes"].get(entry["default"]), int)
     ]
     return devices.pop(), tables
-
-
-class RecordedKernel(Kernel):
-    """A kernel whose space is what was recorded; it runs on a `ReplayExecutor` only."""
-
-    table: ClassVar[Table]
-
-    def unsupported_reasons(self, problem: AttentionProblem) -> list[str]:
-        """See `Kernel`."""
-        return []
-
-    def default_config(self, problem: AttentionProblem) -> Config:
-        """See `Kernel`."""
-        return self.config_of(self.table.default)
-
-    def search_space(self, problem: AttentionProblem) -> Mapping[str, Sequence[ConfigValue]]:
-        """See `Kernel`."""
-        columns = zip(*self.table.outcomes, strict=True)
-        return {
-            name: sorted(set(values), key=lambda value: (str(type(value)), value))
-            for name, values in zip(self.table.fields, columns, strict=True)
-        }
-
-    def infeasible_reasons(self, problem: AttentionProblem, config: Config) -> list[str]:
-        """See `Kernel`."""
-        values = tuple(config.to_dict()[name] for name in self.table.fields)
-        return [] if values in self.table.outcomes else ["it was not recorded"]
-
-    def source_files(self) -> Sequence[str]:
-        """See `Kernel`."""
-        return []
-
-    def run(self, inputs: AttentionInputs, config: Config) -> None:
-        """See `Kernel`."""
-        raise TuningError(f"{self.name} is recorded; it runs on a ReplayExecutor only")
-
-    def config_of(self, values: Sequence[ConfigValue]) -> Config:
-        """A config from its values in the table's order."""
-        return self.config_type(**dict(zip(self.table.fields, values, strict=True)))
-
-    def configs(self) -> list[Config]:
-        """All configs, the default first."""
-        others = [values for values in self.table.outcomes if values != self.table.default]
-        return [self.config_of(values) for values in (self.table.default, *others)]
-
-
-def kernel_of(table: Table) -> RecordedKernel:
-    """The kernel of a table."""
-    fields = [
-        (name, type(value), dataclasses.field(default=value))
-        for name, value in zip(table.fields, table.default, strict=True)
-    ]
-    config = dataclasses.make_dataclass("RecordedConfig", fields, bases=(Config,), frozen=True)
-    members = {"name": table.kernel, "backend": table.backend, "config_type": config}
-    made: RecordedKernel = type("Recorded", (RecordedKernel,), {**members, "table": table})()
-    return made
-
-
-def no_fault(config: Config) -> str:
-    """Nothing goes wrong that was not recorded."""
-    return ""
-
-
-class ReplayExecutor(Executor):
-    """Plays recorded outcomes, with noise and faults.
-
-    Args:
-        tables: one per kernel, by the kernel's name.
-        noise: standard deviation of a sample, relative.
-        seed: of the noise.
-        fault: says with which status a config fails; "" for as recorded.
-    """
-
-    policy = "replay"
-
-    def __init__(
-        self,
-        tables: Sequence[Table],
-        *,
-        noise: float = 0.0,
-        seed: int = 0,
-        fault: Callable[[Config], str] = no_fault,
-    ) -> None:
-        self._tables = {table.kernel: table for table in tables}
-        self._noise, self._random, self._fault = noise, random.Random(seed), fault
-        self.attempts: list[tuple[str, Config]] = []
-
-    def begin(self, case: Case) -> None:
-        """See `Executor`."""
-
-    def attempt(self, kernel: Kernel, config: Config, best_ns: int | None) -> Attempt:
-        """See `Executor`."""
-        self.attempts.append((kernel.name, config))
-        outcome = self._fault(config) or self._tables[kernel.name].outcome(config)
-        if isinstance(outcome, str):
-            return Attempt(Verdict(outcome, "so it was recorded or asked for"))
-        return Attempt(Verdict("ok"), tuple(self._sample(outcome) for _ in range(5)))
-
-    def rounds(
-        self, entries: Sequence[Entry], seconds: float, *, min_rounds: int
-    ) -> list[list[int]]:
-        """See `Executor`."""
-        times = [self._tables[one.kernel.name].outcome(one.config) for one in entries]
-        return [
-            [self._sample(time_ns) for _ in range(max(min_rounds, 21))]
-            for time_ns in times
-            if isinstance(time_ns, int)
-        ]
-
-    def close(self) -> None:
-        """See `Executor`."""
-
-    def _sample(self, time_ns: int) -> int:
-        """Noise is never negative beyond a bound: runs are late, not early."""
-        factor = 1 + self._noise * max(self._random.gauss(), -2)
-        return max(int(time_ns * factor), 1)

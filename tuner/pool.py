@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 MAX_PROCESSES = 32
 COMPILE_SECONDS = 60.0
 _START_SECONDS = 120.0
+_MOST_STARTS = 3
 
 
 @dataclasses.dataclass(eq=False)
@@ -35,6 +36,7 @@ class Compilation:
         code: a digest: equal for configs that do the same on the device.
         compile_ns: time it took; little where the code was compiled before.
         cancelled: nobody wants it any more.
+        was_killed: SIGKILL ended its process.
     """
 
     case: dict[str, Any]
@@ -46,6 +48,7 @@ class Compilation:
     code: str = ""
     compile_ns: int = 0
     cancelled: bool = False
+    was_killed: bool = False
 
 
 def processes() -> int:
@@ -143,6 +146,8 @@ class CompilePool:
                 break
             if not job.cancelled:
                 peer = self._compile(peer, job)
+                if job.was_killed and not self._is_closed:  # once more: by whom is not known
+                    peer = self._compile(None, job)
             job.ready.set()
             with self.finished:
                 self.finished.notify_all()
@@ -163,6 +168,7 @@ class CompilePool:
         except frames.PeerLostError as error:
             job.status = "compile_timeout" if error.timed_out else "crash"
             job.reason = f"the compiling process: {error}"
+            job.was_killed = error.was_killed
             with self._lock:
                 self._peers.discard(peer)
             return None
@@ -171,11 +177,25 @@ class CompilePool:
         return peer
 
     def _begin(self) -> frames.Peer:
-        peer = self._start()
-        with self._lock:
-            self._peers.add(peer)
-            is_closed = self._is_closed
-        if is_closed:
-            peer.kill()
-        peer.ask(self._hello, _START_SECONDS)
-        return peer
+        """A process that is ready; one killed before that is replaced.
+
+        Raises:
+            PeerLostError: none comes up.
+        """
+        for left in reversed(range(_MOST_STARTS)):
+            peer = self._start()
+            with self._lock:
+                self._peers.add(peer)
+                is_closed = self._is_closed
+            if is_closed:
+                peer.kill()
+            try:
+                peer.ask(self._hello, _START_SECONDS)
+            except frames.PeerLostError as error:
+                with self._lock:
+                    self._peers.discard(peer)
+                if not left or is_closed or not error.was_killed:
+                    raise
+            else:
+                return peer
+        raise AssertionError("the last start returns or raises")

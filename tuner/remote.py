@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from portattn.tuner import frames
 from portattn.tuner.executor import Attempt, DeviceLostError, Entry, Executor
 from portattn.tuner.verify import Verdict
@@ -15,7 +17,8 @@ if TYPE_CHECKING:
     from portattn.tuner.cases import Case
 
 _START_SECONDS = 120.0
-_ATTEMPT_SECONDS = 30.0
+# A GPU's candidates are compiled before; a CPU's may take seconds for one run.
+_ATTEMPT_SECONDS = {"cuda": 10.0, "cpu": 120.0}
 _MOST_LOSSES = 3  # in a row, at the start of a case or with configs that had worked
 
 
@@ -24,8 +27,8 @@ class RemoteExecutor(Executor):
 
     Args:
         device: a torch device.
-        policy: of the worker's timer.
-        attempt_seconds: a candidate that takes longer hangs.
+        policy: of the worker's timer: one of `measure.POLICIES`.
+        attempt_seconds: a candidate that takes longer hangs; None for 10 on a GPU, 120 on a CPU.
         start: makes a worker process.
     """
 
@@ -34,11 +37,14 @@ class RemoteExecutor(Executor):
         device: str,
         policy: str,
         *,
-        attempt_seconds: float = _ATTEMPT_SECONDS,
+        attempt_seconds: float | None = None,
         start: Callable[[], frames.Peer] | None = None,
     ) -> None:
         self.policy = policy
-        self._device, self._attempt_seconds = device, attempt_seconds
+        self._device = device
+        self._attempt_seconds = attempt_seconds or _ATTEMPT_SECONDS[device.partition(":")[0]]
+        # CPU kernels use as many threads as torch does.
+        self._threads = torch.get_num_threads() if device.startswith("cpu") else 0
         self._start = start or (lambda: frames.worker("measure"))
         self._peer: frames.Peer | None = None
         self._case: Case | None = None
@@ -56,7 +62,7 @@ class RemoteExecutor(Executor):
         """See `Executor.attempt`."""
         question = {"do": "attempt", "best_ns": best_ns, **_named(kernel, config)}
         try:
-            answer = self._ask(question, self._attempt_seconds)
+            answer = self._ask_twice(question)
         except frames.PeerLostError as error:
             self._restart()
             status = "run_timeout" if error.timed_out else "crash"
@@ -100,6 +106,16 @@ class RemoteExecutor(Executor):
             self._peer.end()
             self._peer = None
 
+    def _ask_twice(self, question: dict[str, Any]) -> frames.Frame:
+        """Ask again if the process was killed: that may not be this config's doing."""
+        try:
+            return self._ask(question, self._attempt_seconds)
+        except frames.PeerLostError as error:
+            if not error.was_killed:
+                raise
+        self._restart()
+        return self._ask(question, self._attempt_seconds)
+
     def _ask(self, question: dict[str, Any], timeout_s: float) -> frames.Frame:
         assert self._peer is not None, "begin() comes first"
         return self._peer.ask(question, timeout_s)
@@ -108,7 +124,8 @@ class RemoteExecutor(Executor):
         assert self._case is not None
         if self._peer is None:
             self._peer = self._start()
-            self._peer.ask({"device": self._device}, _START_SECONDS)
+            hello = {"device": self._device, "policy": self.policy, "threads": self._threads}
+            self._peer.ask(hello, _START_SECONDS)
         self._peer.ask({"do": "begin", "case": self._case.to_json()}, _START_SECONDS)
 
     def _restart(self) -> None:

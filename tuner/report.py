@@ -20,7 +20,7 @@ class Progress:
     Attributes:
         problem, problems: which problem (from 0) of how many.
         label: the problem.
-        stage: ``"verify"``, ``"search"``, ``"finals"`` or ``"stored"``.
+        stage: ``"verify"``, ``"search"``, ``"finals"``, ``"confirm"`` or ``"stored"``.
         kernel: being tuned; "" in other stages.
         tried, feasible: configs of that kernel.
         best_ns, default_ns: of that kernel so far; None before the first time.
@@ -55,6 +55,7 @@ class KernelReport:
         params: the best config; None if not even the default works.
         default_ns, best_ns: medians of the interleaved finals.
         kept_default: no other config was faster beyond noise.
+        unconfirmed: a winner that was not faster in a fresh process, and what it did there.
     """
 
     name: str
@@ -67,6 +68,7 @@ class KernelReport:
     default_ns: int
     best_ns: int
     kept_default: bool
+    unconfirmed: str = ""
 
     @property
     def gain(self) -> float:
@@ -106,6 +108,7 @@ class TuningReport:
         database: where the results lie.
         problems: those tuned.
         left_out: labels of problems that the budget did not reach.
+        resumed: labels of problems that were done before the run was interrupted.
         seconds: the whole run.
     """
 
@@ -114,3 +117,4 @@ class TuningReport:
     problems: tuple[ProblemReport, ...]
     left_out: tuple[str, ...]
     seconds: float
+    resumed: tuple[str, ...] = ()

@@ -10,7 +10,8 @@ from portattn import dispatch
 from portattn.backends import registry
 from portattn.backends.base import Kernel
 from portattn.errors import TuningError
-from portattn.tuner import measure
+from portattn.masks.opcodes import DIFF_MODULO, KEY_MODULO, instructions
+from portattn.tuner import timers
 from portattn.tuner.contender import Contender
 from portattn.tuner.executor import Executor, LocalExecutor
 from portattn.tuner.remote import RemoteExecutor
@@ -26,11 +27,14 @@ if TYPE_CHECKING:
     from portattn.tuner.cases import Case
     from portattn.tuner.pool import CompilePool
     from portattn.tuner.portfolio import Portfolio
+    from portattn.tuner.timers import Timer
     from portattn.tuning_db.key import ProblemKey
     from portattn.tuning_db.store import Store
 
 # Of each kernel of the next problem, configs compiled while this one is measured.
 _PREFETCHED = 12
+# A problem whose code nothing compiled before it waits for compilers: its time beside others'.
+_NEW_CODE_SHARE = 2.5
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,12 +57,17 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Session:
-    """What stays the same over one run."""
+    """What stays the same over one run.
+
+    `confirmer` runs in a process of its own, in which nothing else runs; None where winners are
+    stored as the finals found them.
+    """
 
     store: Store
     run_id: str
     device: DeviceKey
     executor: Executor
+    confirmer: Executor | None
     pool: CompilePool | None
     portfolio: Portfolio
     kernels: Sequence[str | Kernel] | None
@@ -94,15 +103,18 @@ class Session:
 
 
 def executor_for(
-    device: str, timer: measure.Timer | None, kernels: Sequence[str | Kernel] | None
+    device: str,
+    timer: Timer | None,
+    kernels: Sequence[str | Kernel] | None,
+    policy: str | None = None,
 ) -> Executor:
-    """In this process for CPUs and where a test brings a timer; else in its own."""
+    """In a process of its own; in this one for kernel objects on a CPU, and with a given timer."""
     if timer is not None:
         return LocalExecutor(timer)
-    policy = measure.policy_for(device)
-    if not device.startswith("cuda"):
-        return LocalExecutor(measure.timer_for(device))
+    policy = timers.policy_for(device, policy)
     objects = [one.name for one in kernels or () if isinstance(one, Kernel)]
+    if objects and not device.startswith("cuda"):
+        return LocalExecutor(timers.timer_for(device, policy))
     if objects:
         raise TuningError(
             f"kernels are the objects {', '.join(objects)}; on a GPU, where they run in another "
@@ -125,6 +137,7 @@ def prepare(session: Session, number: int, case: Case) -> Problem:
                 key,
                 session.store,
                 session.portfolio,
+                run_id=session.run_id,
                 policy=session.executor.policy,
                 seed=session.seed,
             )
@@ -163,3 +176,23 @@ def candidates(
         else:
             usable.append(one if isinstance(one, Kernel) else registry.kernel(one))
     return usable, refused
+
+
+def shared_code(kernel: Kernel, problem: AttentionProblem) -> tuple[object, ...]:
+    """Problems with equal ones share compiled code, as a rule."""
+    steps = {opcode for opcode, _ in instructions(problem.program)} & {KEY_MODULO, DIFF_MODULO}
+    widths = (problem.head_dim, problem.head_dim_v)
+    return kernel.name, problem.dtype, widths, problem.features, bool(steps)
+
+
+def shares(
+    problems: Sequence[AttentionProblem], kernels: Sequence[str | Kernel] | None
+) -> list[float]:
+    """How the problems' times relate where code is compiled for each: see `_NEW_CODE_SHARE`."""
+    seen: set[tuple[object, ...]] = set()
+    found = []
+    for problem in problems:
+        codes = {shared_code(one, problem) for one in candidates(problem, kernels)[0]}
+        found.append(1.0 if codes <= seen else _NEW_CODE_SHARE)
+        seen |= codes
+    return found

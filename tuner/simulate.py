@@ -6,7 +6,8 @@ import dataclasses
 import random
 from typing import TYPE_CHECKING
 
-from portattn.tuner import oracle
+from portattn.tuner.grid import Grid
+from portattn.tuner.replay import kernel_of
 from portattn.tuner.search import Search
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from portattn.tuner.oracle import Table
 
 # The tuner times its best few again, in turns: of these the truly best one wins.
-_FINALISTS = 4
+_FINALISTS = 8
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,7 +40,13 @@ class Course:
 
 
 def run(
-    table: Table, strategy: str, seed: int, evaluations: int, *, noise: float = 0.01
+    table: Table,
+    strategy: str,
+    seed: int,
+    evaluations: int,
+    *,
+    noise: float = 0.01,
+    grid: Grid | None = None,
 ) -> Course:
     """Search a table.
 
@@ -49,12 +56,14 @@ def run(
         seed: of the search and the noise.
         evaluations: at most.
         noise: standard deviation of a screening's median, relative.
+        grid: of the table's configs, for several runs; made if None.
     """
-    kernel = oracle.kernel_of(table)
-    search = Search(kernel.configs(), [], seed, strategy)
+    grid = Grid(kernel_of(table).configs()) if grid is None else grid
+    search = Search(grid, [], seed, strategy)
     noises = random.Random(seed)
     told: list[tuple[float, int]] = []  # (seen, true) ns
     fractions: list[float] = []
+    optimum_ns = table.optimum_ns
     while len(fractions) < evaluations and not search.exhausted:
         proposal = search.ask()
         outcome = table.outcome(proposal.config)
@@ -65,7 +74,7 @@ def run(
             told = sorted([*told, (seen, outcome)])[:_FINALISTS]
             search.tell(proposal, int(seen))
         best = min((true for _, true in told), default=0)
-        fractions.append(table.optimum_ns / best if best else 0.0)
+        fractions.append(optimum_ns / best if best else 0.0)
     return Course(strategy, seed, table, tuple(fractions))
 
 
@@ -77,7 +86,7 @@ class Summary:
         strategy: its name.
         evaluations: after how many.
         median, low, worst: fraction of the optimum: the median, the 5th percentile and the worst.
-        within: share of the runs within 1 % of the optimum.
+        within_1, within_3: share of the runs within 1 % and 3 % of the optimum.
     """
 
     strategy: str
@@ -85,37 +94,48 @@ class Summary:
     median: float
     low: float
     worst: float
-    within: float
+    within_1: float
+    within_3: float
 
 
-def compare(
+def courses(
     tables: Sequence[Table],
-    strategies: Sequence[str],
-    evaluations: Sequence[int],
+    strategy: str,
+    evaluations: int,
     *,
     seeds: int = 20,
     noise: float = 0.01,
-) -> list[Summary]:
-    """Run every strategy on every table with every seed.
+) -> list[Course]:
+    """Run a strategy on every table with every seed.
 
     Args:
-        tables, strategies: what.
-        evaluations: where to look.
+        tables, strategy, evaluations, noise: see `run`.
         seeds: how many.
-        noise: see `run`.
     """
-    summaries = []
-    for strategy in strategies:
-        courses = [
-            run(table, strategy, seed, max(evaluations), noise=noise)
-            for table in tables
+    found = []
+    for table in tables:
+        grid = Grid(kernel_of(table).configs())
+        found += [
+            run(table, strategy, seed, evaluations, noise=noise, grid=grid)
             for seed in range(seeds)
         ]
-        for count in evaluations:
-            found = sorted(course.after(count) for course in courses)
-            last = len(found) - 1
-            within = sum(fraction >= 1 / 1.01 for fraction in found) / len(found)
-            summaries.append(
-                Summary(strategy, count, found[last // 2], found[last // 20], found[0], within)
-            )
-    return summaries
+    return found
+
+
+def summarise(found: Sequence[Course], evaluations: int) -> Summary:
+    """A strategy's courses after so many evaluations."""
+    fractions = sorted(course.after(evaluations) for course in found)
+    last = len(fractions) - 1
+
+    def within(share: float) -> float:
+        return sum(fraction >= 1 / (1 + share) for fraction in fractions) / len(fractions)
+
+    return Summary(
+        found[0].strategy,
+        evaluations,
+        fractions[last // 2],
+        fractions[last // 20],
+        fractions[0],
+        within(0.01),
+        within(0.03),
+    )

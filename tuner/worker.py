@@ -12,7 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from portattn.backends import registry
-from portattn.tuner import cases, frames
+from portattn.tuner import cases, frames, limits
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from portattn.tuner.frames import Frame
 
 _MAX_TEXT = 1500
+_COMPILER_BYTES = 8 << 30
 _NICE = 5  # of compilers: the measuring process must not wait for a core
 
 
@@ -34,6 +35,7 @@ class CompileWorker:
 
         torch.set_num_threads(1)  # one process is one compiler, on one core
         os.nice(_NICE)
+        limits.bound("cpu", _COMPILER_BYTES)
         self._offline = Offline(device_from_json(frame["device"]))
         self._case: tuple[Any, cases.Case] | None = None
 
@@ -57,10 +59,15 @@ class MeasureWorker:
     """Verifies and times on the device that the first frame names."""
 
     def __init__(self, frame: Frame) -> None:
-        from portattn.tuner.executor import LocalExecutor
-        from portattn.tuner.measure import timer_for
+        import torch
 
-        self._executor = LocalExecutor(timer_for(frame["device"]))
+        from portattn.tuner.executor import LocalExecutor
+        from portattn.tuner.timers import timer_for
+
+        self._device = frame["device"]
+        if frame["threads"]:
+            torch.set_num_threads(frame["threads"])
+        self._executor = LocalExecutor(timer_for(frame["device"], frame["policy"]))
 
     def answer(self, frame: Frame) -> Frame:
         """One call of `Executor`."""
@@ -69,7 +76,9 @@ class MeasureWorker:
         from portattn.tuner.executor import DeviceLostError, Entry
 
         if frame["do"] == "begin":
+            limits.lift(self._device)
             self._executor.begin(cases.from_json(frame["case"]))
+            limits.bound(self._device)
             return {"policy": self._executor.policy}
         try:
             if frame["do"] == "attempt":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sqlite3
 import time
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy
 from sqlalchemy import event
@@ -13,6 +15,12 @@ from portattn.errors import TuningError
 from portattn.tuning_db import schema
 from portattn.tuning_db.location import Location, network_file_system
 from portattn.tuning_db.snapshot import REVISIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import alembic.config
+    from sqlalchemy.engine.interfaces import DBAPIConnection
 
 BUSY_SECONDS = 30.0
 _MIGRATIONS = Path(__file__).parent / "migrations"
@@ -53,6 +61,27 @@ def _sqlite_engine(location: Location, busy_seconds: float) -> sqlalchemy.Engine
     return engine
 
 
+def _server_engine(location: Location, busy_seconds: float) -> sqlalchemy.Engine:
+    """An engine on a database server; it keeps a connection, which takes long to make there."""
+    url = sqlalchemy.make_url(location.url)
+    options: dict[str, Any] = {}
+    if url.get_backend_name() == "postgresql" and url.get_driver_name().startswith("psycopg"):
+        options["connect_args"] = {"connect_timeout": max(2, int(busy_seconds))}
+    # A server that was restarted meanwhile is found again: pre_ping.
+    engine = sqlalchemy.create_engine(url, pool_size=1, pool_pre_ping=True, **options)
+    if engine.dialect.name == "postgresql":
+        wait_ms = int(1000 * busy_seconds)
+
+        @event.listens_for(engine, "connect")
+        def _on_connect(connection: DBAPIConnection, _record: object) -> None:
+            cursor = connection.cursor()
+            for setting in ("lock_timeout", "idle_in_transaction_session_timeout"):
+                cursor.execute(f"SET {setting} = {wait_ms}")
+            connection.commit()
+
+    return engine
+
+
 def _use_wal(connection: sqlite3.Connection, busy_seconds: float) -> None:
     """Switch a new file to WAL.
 
@@ -80,14 +109,45 @@ def _current_revision(connection: sqlalchemy.Connection) -> str | None:
     return str(rows[0][0]) if rows else None
 
 
-def _migrate(connection: sqlalchemy.Connection) -> None:
-    import alembic.command
+def migration_config(connection: sqlalchemy.Connection) -> alembic.config.Config:
+    """What Alembic's commands need to work on a connection."""
     import alembic.config
 
     config = alembic.config.Config()
     config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
     config.attributes["connection"] = connection
-    alembic.command.upgrade(config, "head")
+    return config
+
+
+@contextmanager
+def migrating(engine: sqlalchemy.Engine) -> Iterator[sqlalchemy.Connection]:
+    """A connection in a transaction in which tables may be made anew, and nobody else does."""
+    is_sqlite = engine.dialect.name == "sqlite"
+    with engine.connect() as connection:
+        if is_sqlite:
+            # SQLite changes a table by making a new one: rows that refer to it must wait. Not
+            # possible inside a transaction, and SQLAlchemy begins one here.
+            assert connection.connection.dbapi_connection is not None
+            connection.connection.dbapi_connection.cursor().execute("PRAGMA foreign_keys=OFF")
+        with connection.begin():
+            if engine.dialect.name == "postgresql":
+                connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_POSTGRESQL_LOCK})")
+            yield connection
+            if is_sqlite:
+                broken = connection.exec_driver_sql("PRAGMA foreign_key_check").fetchmany(1)
+                if broken:
+                    raise ValueError(f"a row refers to one that is not there: {broken[0]}")
+
+
+def _check_revision(connection: sqlalchemy.Connection, location: Location) -> str | None:
+    revision = _current_revision(connection)
+    if revision is not None and revision not in REVISIONS:
+        raise TuningError(
+            f"tuning database {location.shown} has schema {revision}, newer than this "
+            "portattn's "
+            f"{schema.HEAD}. Upgrade portattn, or point PORTATTN_DB at another database"
+        )
+    return revision
 
 
 def open_engine(location: Location, *, busy_seconds: float = BUSY_SECONDS) -> sqlalchemy.Engine:
@@ -106,23 +166,22 @@ def open_engine(location: Location, *, busy_seconds: float = BUSY_SECONDS) -> sq
             "PORTATTN_DB is 'none', so there is no tuning database to open; unset it, or name a "
             "file"
         )
+    if location.is_http:
+        raise TuningError(
+            f"{location.shown} is a server to read from; to store something, name a file or an "
+            "SQLAlchemy URL in PORTATTN_DB or --database"
+        )
     try:
-        if location.path is not None:
-            engine = _sqlite_engine(location, busy_seconds)
-        else:
-            engine = sqlalchemy.create_engine(location.url, poolclass=sqlalchemy.NullPool)
+        make = _sqlite_engine if location.path is not None else _server_engine
+        engine = make(location, busy_seconds)
         with engine.begin() as connection:
-            if engine.dialect.name == "postgresql":
-                connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_POSTGRESQL_LOCK})")
-            revision = _current_revision(connection)
-            if revision is not None and revision not in REVISIONS:
-                raise TuningError(
-                    f"tuning database {location.shown} has schema {revision}, newer than this "
-                    "portattn's "
-                    f"{schema.HEAD}. Upgrade portattn, or point PORTATTN_DB at another database"
-                )
-            if revision != schema.HEAD:
-                _migrate(connection)
+            is_current = _check_revision(connection, location) == schema.HEAD
+        if not is_current:
+            import alembic.command
+
+            with migrating(engine) as connection:
+                if _check_revision(connection, location) != schema.HEAD:  # nobody was faster
+                    alembic.command.upgrade(migration_config(connection), "head")
     except (
         sqlalchemy.exc.SQLAlchemyError,
         sqlite3.Error,

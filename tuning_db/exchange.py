@@ -3,11 +3,15 @@
 The text lists each table's rows sorted by what identifies them; references are positions in the
 lists. What is local to one database is left out: row numbers, revisions, and whether a best row
 was tuned here or imported.
+
+Merging keeps, of two rows with the same identity, the first in a fixed order (`_order`): of best
+rows the faster one. So it matters neither in which order files are merged nor how often.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -17,11 +21,11 @@ import sqlalchemy
 from portattn.errors import TuningError
 from portattn.tuning_db import schema
 from portattn.tuning_db.identity import canonical_json, sha256
+from portattn.tuning_db.rows import dialect_insert, has_written
 from portattn.tuning_db.snapshot import REVISIONS, check_params
-from portattn.tuning_db.store import dialect_insert
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from portattn.tuning_db.store import Store
 
@@ -40,6 +44,7 @@ class _Part:
     unique: tuple[str, ...]
     references: Mapping[str, str] = dataclasses.field(default_factory=dict)
     local: tuple[str, ...] = ("id",)
+    added: tuple[str, ...] = ()  # nullable columns that files of the first schema do not have
 
     @property
     def columns(self) -> list[sqlalchemy.Column[Any]]:
@@ -58,10 +63,10 @@ _PARTS = (
     _Part(schema.kernel, ("name", "backend", "source_sha256", "space_sha256")),
     _Part(schema.problem, ("key_sha256",)),
     _Part(schema.config, ("kernel_id", "params_sha256"), {"kernel_id": "kernel"}),
-    _Part(schema.run, ("id",), local=()),
+    _Part(schema.run, ("id",), local=("fence", "work_sha256")),
     _Part(
         schema.measurement,
-        ("run_id", "device_id", "config_id", "problem_id", "round"),
+        ("run_id", "device_id", "config_id", "problem_id", "shape_sha256", "policy", "round"),
         {
             "device_id": "device",
             "toolchain_id": "toolchain",
@@ -69,12 +74,14 @@ _PARTS = (
             "problem_id": "problem",
             "run_id": "run",
         },
+        local=("id", "shape_sha256"),
     ),
     _Part(
         schema.best,
         ("device_id", "toolchain_class", "kernel_name", "problem_id", "policy"),
         {"device_id": "device", "problem_id": "problem", "config_id": "config"},
         local=("rev", "source", "measurement_id"),
+        added=("confirm_median_ns", "confirm_default_ns"),
     ),
 )
 
@@ -83,24 +90,36 @@ def export_text(store: Store) -> str:
     """The whole database as JSON text that depends on its content only.
 
     Raises:
-        TuningError: the database cannot be read.
+        TuningError: the database cannot be read, or holds what no tuner stores.
     """
+    try:
+        return _export(store)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise TuningError(
+            f"tuning database {store.location.shown} cannot be exported: a row is damaged "
+            f"({type(error).__name__}: {str(error)[:200]}). Move it away and run `portattn tune`"
+        ) from error
+
+
+def _export(store: Store) -> str:
+    with store.transaction() as connection:
+        return text_of(lambda table: connection.execute(sqlalchemy.select(table)).mappings())
+
+
+def text_of(rows_of: Callable[[sqlalchemy.Table], Iterable[Any]]) -> str:
+    """The text of a file with these rows of each table; some error if one is damaged."""
     tables: dict[str, list[dict[str, Any]]] = {}
     positions: dict[str, dict[Any, int]] = {}
-    with store.transaction() as connection:
-        for part in _PARTS:
-            rows = []
-            for raw in connection.execute(sqlalchemy.select(part.table)).mappings():
-                row = {c.name: raw[c.name] for c in part.columns}
-                row |= {
-                    name: positions[target][raw[name]] for name, target in part.references.items()
-                }
-                rows.append((tuple(row[name] for name in part.unique), raw.get("id"), row))
-            rows.sort(key=lambda entry: entry[0])
-            positions[part.table.name] = {
-                row_id: index for index, (_, row_id, _) in enumerate(rows)
-            }
-            tables[part.table.name] = [row for _, _, row in rows]
+    for part in _PARTS:
+        rows = []
+        for raw in rows_of(part.table):
+            row = {c.name: raw[c.name] for c in part.columns}
+            row |= {name: positions[target][raw[name]] for name, target in part.references.items()}
+            identity = tuple(row[name] if name in row else raw[name] for name in part.unique)
+            rows.append((identity, raw.get("id"), row))
+        rows.sort(key=lambda entry: entry[0])
+        positions[part.table.name] = {row_id: index for index, (_, row_id, _) in enumerate(rows)}
+        tables[part.table.name] = [row for _, _, row in rows]
     content = {"format": FORMAT, "version": VERSION, "schema": schema.HEAD, "tables": tables}
     return json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
@@ -176,6 +195,8 @@ def _parse(text: str) -> dict[str, list[dict[str, Any]]]:
         if not isinstance(rows, list) or len(rows) > MAX_ROWS:
             _refuse(f"table {part.table.name} is not a list of at most {MAX_ROWS} rows")
         for index, row in enumerate(rows):
+            if content["schema"] == REVISIONS[0] and isinstance(row, dict):
+                rows[index] = row = {**dict.fromkeys(part.added), **row}
             _check_row(part, row, tables, f"{part.table.name}[{index}]")
     return tables
 
@@ -196,14 +217,14 @@ def _check_row(part: _Part, row: object, tables: Mapping[str, list[Any]], where:
 def import_text(store: Store, text: str) -> dict[str, int]:
     """Merge an exported file into the database, in one transaction.
 
-    Of two best rows the faster one stays.
+    Of two best rows the faster one stays. Merging is commutative, associative and idempotent.
 
     Args:
         store: where to.
         text: of `export_text`, from this or another machine.
 
     Returns:
-        How many rows of each table were new, or, of ``best``, new or faster.
+        How many rows of each table were new or replaced one.
 
     Raises:
         TuningError: the text is not such a file; nothing is changed then.
@@ -216,50 +237,63 @@ def import_text(store: Store, text: str) -> dict[str, int]:
     ids: dict[str, list[Any]] = {}
     with store.transaction() as connection:
         for part in _PARTS:
-            name = part.table.name
-            added[name], ids[name] = _add_rows(connection, part, tables[name], ids)
+            found = [_merge(connection, part, row, ids) for row in tables[part.table.name]]
+            added[part.table.name] = sum(changed for _, changed in found)
+            ids[part.table.name] = [row_id for row_id, _ in found]
     return added
 
 
-def _add_rows(
+def _merge(
     connection: sqlalchemy.Connection,
     part: _Part,
-    rows: list[dict[str, Any]],
+    row: dict[str, Any],
     ids: Mapping[str, list[Any]],
-) -> tuple[int, list[Any]]:
-    table, added = part.table, 0
-    found: list[Any] = []
-    for row in rows:
-        values = {
-            **row,
-            **{name: ids[target][row[name]] for name, target in part.references.items()},
-        }
-        if table is schema.best:
-            added += _merge_best(connection, values, part.unique)
-            continue
-        insert = (
-            dialect_insert(connection, table)
-            .values(values)
-            .on_conflict_do_nothing(index_elements=part.unique)
-        )
-        added += connection.execute(insert).rowcount
-        if table is not schema.measurement:  # nothing refers to a measurement
-            query = sqlalchemy.select(table.c.id).where(
-                *(table.c[name] == values[name] for name in part.unique)
-            )
-            found.append(connection.execute(query).scalar_one())
-    return added, found
+) -> tuple[Any, bool]:
+    """Add a row, or let it replace the one with its identity; its id, and whether it changed it.
+
+    The tables' rows that refer to others have no id that anything refers to.
+    """
+    table = part.table
+    references = {name: ids[target][row[name]] for name, target in part.references.items()}
+    values = {**row, **references}
+    if table is schema.measurement:
+        values["shape_sha256"] = hashlib.sha256(row["shape_json"].encode()).hexdigest()
+    if table is schema.best:
+        values |= {"source": "import", "measurement_id": None}
+    first = {"rev": 1} if table is schema.best else {}
+    insert = dialect_insert(connection, table).values({**values, **first})
+    is_new = has_written(connection, insert.on_conflict_do_nothing(index_elements=part.unique))
+    here = sqlalchemy.and_(*(table.c[name] == values[name] for name in part.unique))
+    query = sqlalchemy.select(table).where(here).with_for_update()
+    present = dict(connection.execute(query).mappings().one())
+    row_id = present.get("id")
+    if is_new or _order(connection, part, present) <= _order(connection, part, values):
+        return row_id, is_new
+    changed = {name: value for name, value in values.items() if name not in part.unique}
+    if table is schema.best:
+        changed["rev"] = present["rev"] + 1
+    connection.execute(table.update().where(here).values(changed))
+    return row_id, True
 
 
-def _merge_best(
-    connection: sqlalchemy.Connection, values: dict[str, Any], unique: tuple[str, ...]
-) -> int:
-    values |= {"source": "import", "measurement_id": None}
-    insert = dialect_insert(connection, schema.best).values({**values, "rev": 1})
-    replace = {name: insert.excluded[name] for name in values if name not in unique}
-    statement = insert.on_conflict_do_update(
-        index_elements=unique,
-        set_={**replace, "rev": schema.best.c.rev + 1},
-        where=schema.best.c.median_ns > insert.excluded.median_ns,
-    )
-    return connection.execute(statement).rowcount
+def _order(
+    connection: sqlalchemy.Connection, part: _Part, values: Mapping[str, Any]
+) -> tuple[int, str]:
+    """Of two rows with the same identity, the smaller one stays, in every database."""
+    first = 0
+    if part.table is schema.best:
+        first = values["median_ns"]
+    elif part.table is schema.run:
+        first = -values["heartbeat_us"]  # the later news of a run
+    content = {c.name: values[c.name] for c in part.columns}
+    if part.table is schema.best:  # its config is content; ids differ between databases
+        query = sqlalchemy.select(schema.config.c.params_sha256, schema.kernel.c.source_sha256)
+        query = query.join(schema.kernel, schema.kernel.c.id == schema.config.c.kernel_id)
+        query = query.add_columns(schema.kernel.c.space_sha256)
+        query = query.where(schema.config.c.id == values["config_id"])
+        content["config"] = list(connection.execute(query).one())
+    elif part.table is schema.measurement:
+        query = sqlalchemy.select(schema.toolchain.c.fp_sha256)
+        query = query.where(schema.toolchain.c.id == values["toolchain_id"])
+        content["toolchain"] = connection.execute(query).scalar_one()
+    return first, canonical_json(content)

@@ -47,6 +47,11 @@ class Location:
     named: bool
 
     @property
+    def is_http(self) -> bool:
+        """Whether it is a server of `portattn serve`, which is read only."""
+        return self.url.startswith(("http://", "https://"))
+
+    @property
     def shown(self) -> str:
         """The file or URL for people to read, without a password."""
         if self.path is not None or not self.url:
@@ -68,8 +73,9 @@ def locate(database: str | os.PathLike[str] | None = None) -> Location:
     """The database to use.
 
     Args:
-        database: an SQLAlchemy URL, the path of an SQLite file, or ``"none"`` to have no database;
-            None takes ``PORTATTN_DB``, or else the default.
+        database: an SQLAlchemy URL, the path of an SQLite file, the ``http://`` address of a
+            `portattn serve`, or ``"none"`` to have no database; None takes ``PORTATTN_DB``, or
+            else the default.
     """
     text = (
         os.fspath(database) if database is not None else os.environ.get(ENVIRONMENT_VARIABLE, "")

@@ -15,24 +15,31 @@ last rung:
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
 import threading
 import warnings
 from typing import TYPE_CHECKING, NamedTuple
 
-from portattn.tuning_db import seeds, snapshot
+from portattn.tuning_db import misses, seeds, snapshot
 from portattn.tuning_db.identity import toolchain_class
-from portattn.tuning_db.key import MAX_DISTANCE, ProblemKey, bucket, distance
+from portattn.tuning_db.key import MAX_DISTANCE, bucket
 from portattn.tuning_db.location import Location, TuningDatabaseWarning, locate
+from portattn.tuning_db.nearest import Group
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from portattn.device import DeviceKey
     from portattn.problem import AttentionProblem
+    from portattn.tuning_db.key import ProblemKey
     from portattn.tuning_db.snapshot import StoredConfig
 
 RUNGS = ("exact", "stale", "family", "seeds", "nearest")
 _MEMO_ENTRIES = 8192
+# Configs tuned as calls of CUDA graphs go first where it says "graph", else those tuned as calls
+# one by one; among them, those timed with a cold cache.
+POLICY_VARIABLE = "PORTATTN_POLICY"
 
 
 class Found(NamedTuple):
@@ -74,12 +81,16 @@ class _Table:
             location, read.state, read.detail, len(read.rows), len(seed_rows), read.invalid_rows
         )
         self.warning = _warning_text(self.status, seed_problems)
-        self.exact: dict[tuple[str, ProblemKey], list[StoredConfig]] = {}
-        self.similar: dict[tuple[object, ...], list[StoredConfig]] = {}
-        for row in (*read.rows, *seed_rows):
-            self.exact.setdefault((row.kernel_name, row.key), []).append(row)
-            self.similar.setdefault((row.kernel_name, row.family, *row.key.group), []).append(row)
+        self.counts_misses = read.state == "ok" and misses.are_wanted(location)
+        self.policy = os.environ.get(POLICY_VARIABLE, "eager")
+        self.rows = (*read.rows, *seed_rows)
+        self.groups: dict[tuple[object, ...], Group] = {}
+        for row in filter(_is_answer, self.rows):
+            group = (row.kernel_name, row.family, *row.key.group)
+            self.groups.setdefault(group, Group()).add(row)
+        # Answers given, by problem, and by bucket for problems that are new.
         self.found: dict[tuple[str, AttentionProblem, DeviceKey], Found | None] = {}
+        self.by_bucket: dict[tuple[str, ProblemKey, DeviceKey], Found | None] = {}
 
 
 _lock = threading.Lock()
@@ -95,6 +106,7 @@ def _warning_text(status: Status, seed_problems: Sequence[str]) -> str:
     if status.state not in ("ok", "off") and (status.state != "missing" or status.location.named):
         way_out = {
             "missing": "run `portattn tune` to make it, or unset PORTATTN_DB",
+            "unreachable": "start `portattn serve` there, or unset PORTATTN_DB",
             "locked": "another process holds it; start again once that is done",
             "newer": "upgrade portattn, or point PORTATTN_DB at another file",
         }.get(
@@ -157,7 +169,7 @@ def find(
         problem: the call.
         device: where it runs.
         kernel_source: gives the kernel's source hash (`identity.source_of_files`); called only for
-            a kernel with rows, at most once per problem. Without it any source counts as the
+            a kernel with rows, at most once per bucket. Without it any source counts as the
             present one.
 
     Returns:
@@ -171,7 +183,17 @@ def find(
         return table.found[memo_key]
     except KeyError:
         pass
-    found = _search(table, kernel_name, bucket(problem), device, kernel_source)
+    bucket_key = (kernel_name, bucket(problem), device)
+    try:
+        found = table.by_bucket[bucket_key]
+    except KeyError:
+        found = _search(table, *bucket_key, kernel_source)
+        if len(table.by_bucket) >= _MEMO_ENTRIES:
+            table.by_bucket.clear()
+        table.by_bucket[bucket_key] = found
+    if table.counts_misses and (found is None or found.rung in misses.ELSEWHERE):
+        rung = misses.DEFAULT if found is None else found.rung
+        misses.note(table.status.location, problem, device, rung)
     if len(table.found) >= _MEMO_ENTRIES:
         table.found.clear()
     table.found[memo_key] = found
@@ -205,41 +227,37 @@ def _search(
     device: DeviceKey,
     kernel_source: Callable[[], str] | None,
 ) -> Found | None:
-    """The ladder, for a problem that this process has not met yet."""
-    family = device.family
-    group = table.similar.get((kernel_name, family, *key.group), ())
-    similar = [row for row in group if _is_answer(row)]
-    rows = [row for row in similar if row.key == key]
-    is_near = not rows
-    if is_near:
-        rows = similar
+    """The ladder, for a bucket that this process has not met yet."""
+    group = table.groups.get((kernel_name, device.family, *key.group))
+    if group is None:
+        return None
+    keys = group.near(key, MAX_DISTANCE)
+    rows = [row for near in keys for row in group.rows[near]]
     if not rows:
         return None
-    fingerprint = device.fingerprint
+    fingerprint = _fingerprint(device)
     is_here = any(row.device_fingerprint == fingerprint for row in rows)
     source = kernel_source() if is_here and kernel_source is not None else None
 
-    def rank(row: StoredConfig) -> tuple[float, int, int]:
-        apart = distance(row.key, key) if is_near else 0.0
-        return apart, _tier(row, fingerprint, source), row.median_ns
+    def rank(row: StoredConfig) -> tuple[int, tuple[bool, bool], int]:
+        way = not row.policy.startswith(table.policy), not row.policy.endswith("cold")
+        return _tier(row, fingerprint, source), way, row.median_ns
 
     best = min(rows, key=rank)
-    apart, tier, _ = rank(best)
-    if apart > MAX_DISTANCE:
-        return None
-    return Found({} if best.is_default else best.params, "nearest" if is_near else RUNGS[tier])
+    rung = RUNGS[rank(best)[0]] if keys == [key] else "nearest"
+    return Found({} if best.is_default else best.params, rung)
+
+
+@functools.lru_cache(maxsize=64)
+def _fingerprint(device: DeviceKey) -> str:
+    """`DeviceKey.fingerprint`, which hashes each time."""
+    return device.fingerprint
 
 
 def known(kernel_name: str, family: str) -> list[StoredConfig]:
     """Everything that is stored or shipped for a kernel on devices of a family."""
     table = _table or _loaded()
-    return [
-        row
-        for (name, _), rows in table.exact.items()
-        if name == kernel_name
-        for row in rows
-        if row.family == family
-    ]
+    return [row for row in table.rows if row.kernel_name == kernel_name and row.family == family]
 
 
 def ranking(names: Sequence[str], problem: AttentionProblem, device: DeviceKey) -> tuple[str, ...]:
@@ -255,27 +273,22 @@ def ranking(names: Sequence[str], problem: AttentionProblem, device: DeviceKey) 
         can overrule the preference.
     """
     table = _table or _loaded()
-    if not table.exact or not names:
+    if not table.groups or not names:
         return ()
-    key, fingerprint = bucket(problem), device.fingerprint
-    for measured_on in (fingerprint, ""):  # "": the seeds' device
-        rows = {
-            name: [
-                row
-                for row in table.similar.get((name, device.family, *key.group), ())
-                if row.device_fingerprint == measured_on and row.median_ns and _is_answer(row)
-            ]
-            for name in names
-        }
-        near = min(
-            (row.key for row in rows[names[0]]), key=lambda k: distance(k, key), default=None
-        )
-        if near is None or distance(near, key) > MAX_DISTANCE:
+    key = bucket(problem)
+    kind = (device.family, *key.group)
+    groups = {name: table.groups.get((name, *kind)) for name in names}
+    first = groups[names[0]]
+    if first is None:
+        return ()
+    for measured_on in (_fingerprint(device), ""):  # "": the seeds' device
+        keys = first.measured_on(measured_on).near(key, MAX_DISTANCE)
+        if not keys:
             continue
         times = {
-            name: min(row.median_ns for row in found if row.key == near)
-            for name, found in rows.items()
-            if any(row.key == near for row in found)
+            name: min(row.median_ns for row in rows)
+            for name, group in groups.items()
+            if group is not None and (rows := group.measured_on(measured_on).rows.get(keys[0]))
         }
         return tuple(sorted(times, key=times.__getitem__))
     return ()

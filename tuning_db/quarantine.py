@@ -11,7 +11,7 @@ import sqlalchemy
 
 from portattn.tuning_db import schema
 from portattn.tuning_db.identity import sha256
-from portattn.tuning_db.store import dialect_insert, now_us
+from portattn.tuning_db.rows import dialect_insert, now_us, storable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from portattn.tuning_db.records import Measurement
     from portattn.tuning_db.store import Store
 
-_MAX_REASON_CHARS = 2048
 _SOURCE_CHARS = 16  # of the hash: enough to tell two sources of one kernel apart
 
 
@@ -43,12 +42,13 @@ def add(
     """Put configs into quarantine; one that is there is counted."""
     table = schema.quarantine
     with store.transaction() as connection:
-        for one in failed:
+        # One order for all, so that two tuners never wait for each other.
+        for one in sorted(failed, key=lambda measured: sha256(measured.params)):
             insert = dialect_insert(connection, table).values(
                 kernel=_kernel(kernel, source_sha256),
                 params_sha256=sha256(one.params),
                 device_family=family,
-                reason=f"{one.status}: {one.error}"[:_MAX_REASON_CHARS],
+                reason=storable(f"{one.status}: {one.error}"),
                 count=1,
                 last_us=now_us(),
             )

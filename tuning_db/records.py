@@ -54,17 +54,42 @@ class Measurement:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Subject:
+    """What is measured, but for the config: one kernel on one problem, in one way.
+
+    Attributes:
+        device: where.
+        key: the bucket.
+        shape: the exact sizes, by the names of AttentionProblem.
+        policy: how it is timed, e.g. ``"eager_warm"``.
+        kernel_name, backend, source_sha256, space_sha256: the kernel's identity.
+    """
+
+    device: DeviceKey
+    key: ProblemKey
+    shape: dict[str, int | str]
+    policy: str
+    kernel_name: str
+    backend: str
+    source_sha256: str
+    space_sha256: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class KernelResult:
     """What tuning one kernel for one problem found.
 
     Attributes:
         kernel_name, backend, toolchain_class, source_sha256, space_sha256: the kernel's identity.
-        measurements: everything tried.
+        measurements: what is to be stored with the verdict: the finals. What was tried before is
+            stored already (`Store.add`).
         best: the winner's finalist measurement, with timing and default_ns; None if not even the
             default ran.
         verified_seeds, verified_rule: how the winner was checked.
         expected_rev: `Incumbent.rev` of the row that the winner was measured against; 0 if there
             was none.
+        confirmed_ns, confirmed_default_ns: medians of the winner and of the default in a process
+            of its own; None where that was not done.
     """
 
     kernel_name: str
@@ -77,6 +102,8 @@ class KernelResult:
     verified_seeds: int
     verified_rule: str
     expected_rev: int = 0
+    confirmed_ns: int | None = None
+    confirmed_default_ns: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 Times in integer ns, instants in UTC epoch us.
 
-Migration 0001 creates exactly these tables; a test compares the two. A change here needs a new
+The migrations make exactly these tables; a test compares the two. A change here needs a new
 migration.
 """
 
@@ -44,6 +44,9 @@ STATUSES = (
     "oob",
 )
 SOURCES = ("tuned", "seed", "import", "transfer")
+RUN_STATES = ("running", "partial", "failed", "done")
+JOB_STATES = ("queued", "leased", "done", "failed")
+MAX_CASE_CHARS = 1 << 20
 
 metadata = MetaData()
 # SQLite numbers rows only for a column declared INTEGER.
@@ -54,16 +57,16 @@ def _id() -> Column[int]:
     return Column("id", _BIG, primary_key=True, autoincrement=True)
 
 
-def _sha(name: str, *, unique: bool = False) -> Column[str]:
-    return Column(name, String(64), nullable=False, unique=unique)
+def _sha(name: str, *, unique: bool = False, default: str | None = None) -> Column[str]:
+    return Column(name, String(64), nullable=False, unique=unique, server_default=default)
 
 
 def _text(name: str, length: int = 128) -> Column[str]:
     return Column(name, String(length), nullable=False)
 
 
-def _int(name: str) -> Column[int]:
-    return Column(name, BigInteger, nullable=False)
+def _int(name: str, default: str | None = None) -> Column[int]:
+    return Column(name, BigInteger, nullable=False, server_default=default)
 
 
 def _ints(names: str) -> list[Column[int]]:
@@ -83,10 +86,10 @@ def _ref(name: str, target: str, *, nullable: bool = False) -> Column[int]:
     return Column(name, _BIG, ForeignKey(f"{target}.id"), nullable=nullable)
 
 
-def _json(name: str) -> tuple[Column[str], CheckConstraint]:
+def _json(name: str, most: int = 65536) -> tuple[Column[str], CheckConstraint]:
     """Canonical JSON, bounded."""
     return Column(name, Text, nullable=False), CheckConstraint(
-        f"length({name}) < 65536", name=f"ck_{name}_length"
+        f"length({name}) < {most}", name=f"ck_{name}_length"
     )
 
 
@@ -142,18 +145,7 @@ problem = Table(
     _id(),
     _sha("key_sha256", unique=True),
     *(_text(name) for name in ("op", "dtype", "acc_dtype")),
-    *(
-        _int(name)
-        for name in (
-            "head_dim",
-            "head_dim_v",
-            "hq",
-            "hkv",
-            "batch_bucket",
-            "sq_bucket",
-            "sk_bucket",
-        )
-    ),
+    *_ints("head_dim head_dim_v hq hkv batch_bucket sq_bucket sk_bucket"),
     Column("causal", Boolean, nullable=False),
     _int("window_bucket"),
     _text("mask_kind"),
@@ -190,6 +182,9 @@ run = Table(
     _text("git_sha"),
     _text("argv_sha256"),
     _text("state"),
+    # Who continues the run counts this up: what the process before it still writes is refused.
+    _int("fence", default="0"),
+    _sha("work_sha256", default=""),  # of what the run does: an equal one may continue it
 )
 
 measurement = Table(
@@ -212,8 +207,10 @@ measurement = Table(
     Column("throttled", Boolean, nullable=True),
     Column("error_text", String(2048), nullable=False),
     _int("created_us"),
+    _sha("shape_sha256", default=""),  # of shape_json: several shapes of a bucket in one run
     UniqueConstraint(
-        "run_id", "device_id", "config_id", "problem_id", "round", name="uq_measurement"
+        *("run_id", "device_id", "config_id", "problem_id", "shape_sha256", "policy", "round"),
+        name="uq_measurement",
     ),
 )
 
@@ -238,24 +235,32 @@ best = Table(
     _int("rev"),
     _ref("measurement_id", "measurement", nullable=True),
     _int("updated_us"),
+    *_measures("confirm_median_ns confirm_default_ns"),  # in a process of its own; null: imported
     PrimaryKeyConstraint(
         "device_id", "toolchain_class", "kernel_name", "problem_id", "policy", name="pk_best"
     ),
 )
 
+# What a fleet's workers have to tune; see `portattn.tuning_db.jobs`.
 job = Table(
     "job",
     metadata,
     _id(),
     _text("device_family", 256),
-    _text("kernel"),
+    _text("kernel"),  # "": every kernel
     _ref("problem_id", "problem"),
+    *_json("case_json", MAX_CASE_CHARS),
+    *_json("options_json"),
     _int("priority"),
     _text("state"),
     _text("lease_owner"),
     _int("lease_until_us"),
     _int("fence"),
     _int("attempts"),
+    Column("run_id", String(36), ForeignKey("run.id"), nullable=True),
+    _text("error_text", 2048),
+    _int("created_us"),
+    _int("updated_us"),
     UniqueConstraint("device_family", "kernel", "problem_id", name="uq_job"),
 )
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from portattn.tuning_db.location import Location
 
 # Migrations that this version knows, oldest first.
-REVISIONS = ("0001",)
+REVISIONS = ("0001", "0002")
 
 MAX_ROWS = 100_000
 MAX_JSON_CHARS = 65536
@@ -45,10 +45,12 @@ _HEAD_COLUMNS = (
         "b.source",
     ),
     *("d.fp_sha256", "d.family", "d.name", "k.source_sha256", "c.params_json"),
+    "b.policy",
 )
+COLUMNS = (*_HEAD_COLUMNS, *(f"p.{name}" for name, _ in _KEY_FIELDS))
 _VERSION_SQL = "SELECT version_num FROM portattn_version"
 _READ_SQL = (
-    f"SELECT {', '.join(_HEAD_COLUMNS)}, {', '.join(f'p.{name}' for name, _ in _KEY_FIELDS)} "
+    f"SELECT {', '.join(COLUMNS)} "
     "FROM best b JOIN device d ON d.id = b.device_id JOIN config c ON c.id = b.config_id "
     "JOIN kernel k ON k.id = c.kernel_id JOIN problem p ON p.id = b.problem_id "
     f"WHERE length(c.params_json) < {MAX_JSON_CHARS} AND p.bucket_version = {BUCKET_VERSION} "
@@ -70,6 +72,7 @@ class StoredConfig:
         source_sha256, toolchain_class: of the kernel as tuned; "" for a seed.
         median_ns, default_ns: measured time of this config and of the default; 0 for a seed.
         origin: ``"tuned"``, ``"seed"``, ``"import"`` or ``"transfer"``.
+        policy: how it was timed, e.g. ``"eager_cold"``; "" for a seed.
     """
 
     kernel_name: str
@@ -84,6 +87,7 @@ class StoredConfig:
     median_ns: int = 0
     default_ns: int = 0
     origin: str = "seed"
+    policy: str = ""
 
     @property
     def is_default(self) -> bool:
@@ -96,7 +100,8 @@ class Snapshot:
     """What a database held.
 
     Attributes:
-        state: ``"ok"``, ``"off"``, ``"missing"``, ``"locked"``, ``"newer"``, ``"unreadable"``.
+        state: ``"ok"``, ``"off"``, ``"missing"``, ``"locked"``, ``"newer"``, ``"unreadable"``,
+            ``"unreachable"``.
         detail: why, for people; "" when ok.
         rows: the valid rows.
         invalid_rows: how many were skipped.
@@ -161,7 +166,7 @@ def _row(values: Sequence[Any]) -> StoredConfig:
         raise ValueError("a text column holds something else")
     if not all(type(time_ns) is int and time_ns > 0 for time_ns in (median_ns, default_ns)):
         raise ValueError("a time is not a positive integer")
-    origin, fingerprint, family, device_name, source, params = texts
+    origin, fingerprint, family, device_name, source, params, policy = texts
     return StoredConfig(
         kernel_name=kernel_name,
         backend=backend,
@@ -175,10 +180,12 @@ def _row(values: Sequence[Any]) -> StoredConfig:
         median_ns=median_ns,
         default_ns=default_ns,
         origin=origin,
+        policy=policy,
     )
 
 
-def _rows(raw: Iterable[Sequence[Any]]) -> tuple[tuple[StoredConfig, ...], int]:
+def rows_from(raw: Iterable[Sequence[Any]]) -> tuple[tuple[StoredConfig, ...], int]:
+    """The rows that these values make, in the order of `COLUMNS`, and how many do not make one."""
     rows: list[StoredConfig] = []
     invalid = 0
     for values in raw:
@@ -197,7 +204,12 @@ def _newer(versions: Sequence[Any]) -> Snapshot | None:
     )
 
 
-def _connect_read_only(path: Path) -> sqlite3.Connection:
+def connect_read_only(path: Path) -> sqlite3.Connection:
+    """A connection to a file that is there, also where nobody may write.
+
+    Raises:
+        sqlite3.Error: it cannot be opened or read, or is locked for too long.
+    """
     uri = f"file:{urllib.parse.quote(str(path))}?mode=ro"
     connection = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS)
     try:
@@ -218,7 +230,7 @@ def _read_sqlite(path: Path) -> Snapshot:
     if not path.exists():
         return Snapshot("missing", "there is no such file")
     deadline = time.monotonic() + READ_SECONDS
-    connection = _connect_read_only(path)
+    connection = connect_read_only(path)
     try:
         # A file from elsewhere may hold a view that never ends.
         connection.set_progress_handler(
@@ -228,7 +240,7 @@ def _read_sqlite(path: Path) -> Snapshot:
         newer = _newer([values[0] for values in connection.execute(_VERSION_SQL).fetchmany(2)])
         if newer is not None:
             return newer
-        return Snapshot("ok", "", *_rows(connection.execute(_READ_SQL)))
+        return Snapshot("ok", "", *rows_from(connection.execute(_READ_SQL)))
     finally:
         connection.close()
 
@@ -243,7 +255,7 @@ def _read_other(url: str) -> Snapshot:
         )
         if newer is not None:
             return newer
-        return Snapshot("ok", "", *_rows(connection.exec_driver_sql(_READ_SQL)))
+        return Snapshot("ok", "", *rows_from(connection.exec_driver_sql(_READ_SQL)))
 
 
 def read(location: Location) -> Snapshot:
@@ -255,6 +267,10 @@ def read(location: Location) -> Snapshot:
     if not location.url:
         return Snapshot("off", "PORTATTN_DB is none")
     try:
+        if location.is_http:
+            from portattn.tuning_db import http_snapshot
+
+            return http_snapshot.read(location.url)
         return (
             _read_sqlite(location.path) if location.path is not None else _read_other(location.url)
         )

@@ -1,44 +1,42 @@
-"""Writes to the tuning database.
+"""Writes to the tuning database. Each call is one transaction: what it stores, or nothing.
 
-One `record` is one transaction: evidence and verdict, or neither.
+A measurement is stored as soon as it is made (`Store.add`); a problem's finals and best configs
+are stored together (`Store.record`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import os
-import socket
-import sys
-import time
-import uuid
+import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
-from portattn.tuning_db import schema
+from portattn.tuning_db import jobs, rows, runs, schema
 from portattn.tuning_db.engine import BUSY_SECONDS, open_engine, unusable
-from portattn.tuning_db.identity import canonical_json, device_columns, sha256, toolchain
+from portattn.tuning_db.identity import sha256, toolchain
 from portattn.tuning_db.location import locate
-from portattn.tuning_db.records import Incumbent, KernelResult, Measurement, ProblemResult
+from portattn.tuning_db.records import (
+    Incumbent,
+    KernelResult,
+    Measurement,
+    ProblemResult,
+    Subject,
+)
+from portattn.tuning_db.rows import dialect_insert, now_us
+from portattn.tuning_db.runs import LostRunError
 from portattn.tuning_db.snapshot import parse_params
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterator, Mapping
 
     from portattn.device import DeviceKey
     from portattn.tuning_db.key import ProblemKey
 
-SPACE_VERSION = 1
-_MAX_ERROR_CHARS = 2048
-
-
-def now_us() -> int:
-    """The time, UTC, in microseconds."""
-    return time.time_ns() // 1000
+__all__ = ["LostRunError", "Store", "dialect_insert", "now_us"]
 
 
 class Store:
@@ -60,6 +58,10 @@ class Store:
     ) -> None:
         self.location = locate(database)
         self.engine = open_engine(self.location, busy_seconds=busy_seconds)
+        # A server's connection is kept as long as this object.
+        weakref.finalize(self, self.engine.dispose)
+        self._fences: dict[str, int] = {}
+        self._subjects: dict[str, dict[str, Any]] = {}
 
     @contextmanager
     def transaction(self) -> Iterator[sqlalchemy.Connection]:
@@ -74,61 +76,165 @@ class Store:
         except SQLAlchemyError as error:
             raise unusable(self.location, error) from error
 
-    def begin_run(self, *, effort: str, seed: int, budget: Mapping[str, Any]) -> str:
-        """Note a tuning run and return its id, a UUID."""
-        run_id = str(uuid.uuid4())
-        started = now_us()
-        values = {
-            "id": run_id,
-            "host": socket.gethostname()[:256],
-            "pid": os.getpid(),
-            "started_us": started,
-            "heartbeat_us": started,
-            "effort": effort,
-            "seed": seed,
-            "budget_json": canonical_json(dict(budget)),
-            "git_sha": "",
-            "argv_sha256": sha256(sys.argv),
-            "state": "running",
-        }
+    def begin_run(
+        self,
+        *,
+        effort: str,
+        seed: int,
+        budget: Mapping[str, Any],
+        work: object = None,
+        resume: bool = True,
+        lease: jobs.Lease | None = None,
+    ) -> str:
+        """Begin a tuning run, or continue one that its process did not finish.
+
+        Args:
+            effort, seed, budget: noted with a new run.
+            work: a JSON value that says all that the run does; of unfinished runs whose process is
+                gone, the newest with the same work is continued. None: nothing is.
+            resume: False begins a new run in any case.
+            lease: the job that the run is for; the run ends with it.
+
+        Returns:
+            The run's id, a UUID. A continued run keeps its own.
+
+        Raises:
+            LostLeaseError: another worker has the job.
+        """
+        values = runs.new_values(effort, seed, budget, work)
         with self.transaction() as connection:
-            connection.execute(schema.run.insert().values(values))
+            if lease is not None:
+                jobs.hold(connection, lease)  # before the run's row, as `jobs.take` does
+            run_id, fence = runs.begin(connection, values, resume=resume)
+            if lease is not None:
+                jobs.attach(connection, lease, run_id)
+        self._fences[run_id] = fence
         return run_id
 
     def finish_run(self, run_id: str, state: str) -> None:
-        """Note how a run ended: ``"done"``, ``"partial"`` or ``"failed"``."""
+        """Note how a run ended: ``"done"``, ``"partial"`` or ``"failed"``.
+
+        Raises:
+            LostRunError: another process continues it.
+        """
         with self.transaction() as connection:
-            change = schema.run.update().where(schema.run.c.id == run_id)
-            connection.execute(change.values(state=state, heartbeat_us=now_us()))
+            runs.check(connection, run_id, self._fences.get(run_id, 0), state=state)
+
+    def add(self, run_id: str, subject: Subject, measured: Measurement) -> int:
+        """Store one measurement: when this returns, nothing but the disk can lose it.
+
+        Args:
+            run_id: of `begin_run`.
+            subject: what was measured.
+            measured: the config, and what was found.
+
+        Returns:
+            Its row number.
+
+        Raises:
+            LostRunError: another process continues the run.
+            TuningError: the run holds it already, or the database cannot be used.
+        """
+        with self.transaction() as connection:
+            runs.check(connection, run_id, self._fences.get(run_id, 0))
+            found = self._find(connection, subject)
+            number = rows.add_measurement(connection, {"run_id": run_id, **found[1]}, measured)
+        self._subjects.update([found])  # not before the rows are committed
+        return number
+
+    def _find(
+        self, connection: sqlalchemy.Connection, subject: Subject
+    ) -> tuple[str, dict[str, Any]]:
+        """A subject's name, and the ids of its rows, which are added if need be."""
+        name = sha256([subject.device.fingerprint, dataclasses.asdict(subject)])
+        return name, self._subjects.get(name) or rows.subject_ids(connection, subject)
+
+    def measured(self, run_id: str, subject: Subject) -> list[Measurement]:
+        """What a run's searches measured of a subject so far, in order: what resuming skips.
+
+        Rows that do not make sense are left out.
+        """
+        m, c, k = schema.measurement, schema.config, schema.kernel
+        query = (
+            sqlalchemy.select(m, c.c.params_json)
+            .join_from(m, c, c.c.id == m.c.config_id)
+            .join(k, k.c.id == c.c.kernel_id)
+            .where(
+                m.c.run_id == run_id,
+                m.c.device_id == _id_of(schema.device, "fp_sha256", subject.device.fingerprint),
+                m.c.toolchain_id == _id_of(schema.toolchain, "fp_sha256", sha256(toolchain())),
+                m.c.problem_id == _id_of(schema.problem, "key_sha256", _key_sha(subject.key)),
+                m.c.shape_sha256 == sha256(subject.shape),
+                m.c.policy == subject.policy,
+                m.c.round == 0,
+                k.c.name == subject.kernel_name,
+                k.c.backend == subject.backend,
+                k.c.source_sha256 == subject.source_sha256,
+                k.c.space_sha256 == subject.space_sha256,
+            )
+            .order_by(m.c.id)
+        )
+        with self.transaction() as connection:
+            found = connection.execute(query).mappings().all()
+        measurements = (rows.measurement_of(row) for row in found)
+        return [one for one in measurements if one is not None]
+
+    def decided(
+        self, run_id: str, key: ProblemKey, shape: Mapping[str, int | str], policy: str
+    ) -> bool:
+        """Whether a run stored the finals of a problem: then it has nothing more to do there."""
+        m = schema.measurement
+        query = sqlalchemy.select(m.c.id).where(
+            m.c.run_id == run_id,
+            m.c.problem_id == _id_of(schema.problem, "key_sha256", _key_sha(key)),
+            m.c.shape_sha256 == sha256(dict(shape)),
+            m.c.policy == policy,
+            m.c.round > 0,
+        )
+        with self.transaction() as connection:
+            return connection.execute(query.limit(1)).first() is not None
 
     def record(self, run_id: str, result: ProblemResult) -> None:
-        """Store every measurement of a problem, and its best configs, in one transaction.
+        """Store the measurements of a result, and its best configs, in one transaction.
 
         Measurements are only ever added. A best row is replaced if it is still the one that the
         winner was measured against (`KernelResult.expected_rev`), else only by a smaller median:
         two tuners at once keep the faster config.
+
+        Raises:
+            LostRunError: another process continues the run.
+            TuningError: the run holds one of them already, or the database cannot be used.
         """
         with self.transaction() as connection:
-            common = {
-                "device_id": _get_or_add(
-                    connection, schema.device, ["fp_sha256"], device_columns(result.device)
-                ),
-                "problem_id": _problem_id(connection, result.key),
-                "policy": result.policy,
-            }
-            tools = toolchain()
-            tools_id = _get_or_add(
-                connection, schema.toolchain, ["fp_sha256"], {"fp_sha256": sha256(tools), **tools}
-            )
-            evidence = {
-                "toolchain_id": tools_id,
-                "run_id": run_id,
-                "shape_json": canonical_json(result.shape),
-            }
-            for kernel in result.kernels:
-                _record_kernel(connection, kernel, common, evidence)
-            heartbeat = schema.run.update().where(schema.run.c.id == run_id)
-            connection.execute(heartbeat.values(heartbeat_us=now_us()))
+            runs.check(connection, run_id, self._fences.get(run_id, 0))
+            found = [
+                self._record_kernel(connection, run_id, result, kernel)
+                for kernel in sorted(result.kernels, key=lambda one: one.kernel_name)
+            ]
+        self._subjects.update(found)
+
+    def _record_kernel(
+        self,
+        connection: sqlalchemy.Connection,
+        run_id: str,
+        result: ProblemResult,
+        kernel: KernelResult,
+    ) -> tuple[str, dict[str, Any]]:
+        """Add a kernel's measurements and its best row; as `_find`."""
+        identity = (kernel.kernel_name, kernel.backend, kernel.source_sha256, kernel.space_sha256)
+        subject = Subject(result.device, result.key, result.shape, result.policy, *identity)
+        name, ids = self._find(connection, subject)
+        for params in sorted((one.params for one in kernel.measurements), key=sha256):
+            rows.config_id(connection, ids["kernel_id"], params)  # in the order that all keep
+        for measured in kernel.measurements:
+            number = rows.add_measurement(connection, {"run_id": run_id, **ids}, measured)
+            if measured is kernel.best:
+                evidence = {name: ids[name] for name in ("device_id", "problem_id", "policy")}
+                evidence["config_id"] = rows.config_id(
+                    connection, ids["kernel_id"], measured.params
+                )
+                rows.upsert_best(connection, kernel, {**evidence, "measurement_id": number})
+        return name, ids
 
     def incumbent(
         self,
@@ -150,7 +256,7 @@ class Store:
             .join(schema.problem, schema.problem.c.id == best.c.problem_id)
             .where(
                 schema.device.c.fp_sha256 == device.fingerprint,
-                schema.problem.c.key_sha256 == sha256(dataclasses.asdict(key)),
+                schema.problem.c.key_sha256 == _key_sha(key),
                 best.c.kernel_name == kernel_name,
                 best.c.toolchain_class == toolchain_class,
                 best.c.policy == policy,
@@ -160,130 +266,13 @@ class Store:
             row = connection.execute(query).one_or_none()
         try:
             return Incumbent(parse_params(row.params_json), row.rev) if row is not None else None
-        except ValueError:
+        except (ValueError, RecursionError):
             return None  # a damaged row is no candidate; what is measured now replaces it
 
 
-def dialect_insert(
-    connection: sqlalchemy.Connection, table: sqlalchemy.Table
-) -> postgresql.Insert | sqlite.Insert:
-    """An INSERT that knows ON CONFLICT, which SQLAlchemy has per dialect only."""
-    if connection.dialect.name == "postgresql":
-        return postgresql.insert(table)
-    return sqlite.insert(table)
+def _key_sha(key: ProblemKey) -> str:
+    return sha256(dataclasses.asdict(key))
 
 
-def _get_or_add(
-    connection: sqlalchemy.Connection,
-    table: sqlalchemy.Table,
-    unique: list[str],
-    values: Mapping[str, Any],
-) -> int:
-    """The id of the row with these unique columns, added if it is not there."""
-    connection.execute(
-        dialect_insert(connection, table)
-        .values(values)
-        .on_conflict_do_nothing(index_elements=unique)
-    )
-    query = sqlalchemy.select(table.c.id).where(
-        *(table.c[name] == values[name] for name in unique)
-    )
-    return int(connection.execute(query).scalar_one())
-
-
-def _problem_id(connection: sqlalchemy.Connection, key: ProblemKey) -> int:
-    columns = dataclasses.asdict(key)
-    return _get_or_add(
-        connection, schema.problem, ["key_sha256"], {"key_sha256": sha256(columns), **columns}
-    )
-
-
-def _record_kernel(
-    connection: sqlalchemy.Connection,
-    result: KernelResult,
-    common: Mapping[str, Any],
-    evidence: Mapping[str, Any],
-) -> None:
-    identity = {
-        "name": result.kernel_name,
-        "backend": result.backend,
-        "source_sha256": result.source_sha256,
-        "space_sha256": result.space_sha256,
-    }
-    kernel_id = _get_or_add(
-        connection, schema.kernel, list(identity), {**identity, "space_version": SPACE_VERSION}
-    )
-    for measured in result.measurements:
-        config_id = _config_id(connection, kernel_id, measured)
-        row = {**common, **evidence, "config_id": config_id, **_measurement_columns(measured)}
-        added = connection.execute(schema.measurement.insert().values(row)).inserted_primary_key
-        if measured is result.best and added is not None:
-            _upsert_best(
-                connection, result, {**common, "config_id": config_id, "measurement_id": added[0]}
-            )
-
-
-def _config_id(connection: sqlalchemy.Connection, kernel_id: int, measured: Measurement) -> int:
-    values = {
-        "kernel_id": kernel_id,
-        "params_json": canonical_json(measured.params),
-        "params_sha256": sha256(measured.params),
-    }
-    return _get_or_add(connection, schema.config, ["kernel_id", "params_sha256"], values)
-
-
-def _finite(value: float | None) -> float | None:
-    """JSON has no NaN and no infinity; the status and the error text tell those."""
-    return value if value is not None and math.isfinite(value) else None
-
-
-def _measurement_columns(measured: Measurement) -> dict[str, Any]:
-    timing = dataclasses.asdict(measured.timing) if measured.timing is not None else {}
-    return {
-        "round": measured.round,
-        "status": measured.status,
-        **timing,
-        "ref_median_ns": measured.default_ns,
-        "max_abs_err": _finite(measured.max_abs_err),
-        "max_rel_err": _finite(measured.max_rel_err),
-        "compile_ns": measured.compile_ns,
-        "error_text": measured.error[:_MAX_ERROR_CHARS],
-        "created_us": now_us(),
-    }
-
-
-def _upsert_best(
-    connection: sqlalchemy.Connection, result: KernelResult, ids: Mapping[str, Any]
-) -> None:
-    assert result.best is not None
-    timing, default_ns = result.best.timing, result.best.default_ns
-    assert timing is not None
-    assert default_ns is not None
-    best = schema.best
-    values = {
-        **ids,
-        "toolchain_class": result.toolchain_class,
-        "kernel_name": result.kernel_name,
-        "backend": result.backend,
-        "median_ns": timing.median_ns,
-        "default_ns": default_ns,
-        "gain": default_ns / timing.median_ns,
-        "ci95_lo": timing.ci95_lo_ns,
-        "ci95_hi": timing.ci95_hi_ns,
-        "verified_seeds": result.verified_seeds,
-        "verified_rule": result.verified_rule,
-        "source": "tuned",
-        "updated_us": now_us(),
-    }
-    insert = dialect_insert(connection, best).values({**values, "rev": 1})
-    keep = {name for name in values if name not in {column.name for column in best.primary_key}}
-    replace = {name: insert.excluded[name] for name in keep}
-    connection.execute(
-        insert.on_conflict_do_update(
-            index_elements=[column.name for column in best.primary_key],
-            set_={**replace, "rev": best.c.rev + 1},
-            where=sqlalchemy.or_(
-                best.c.rev == result.expected_rev, best.c.median_ns > insert.excluded.median_ns
-            ),
-        )
-    )
+def _id_of(table: sqlalchemy.Table, column: str, value: str) -> sqlalchemy.ScalarSelect[Any]:
+    return sqlalchemy.select(table.c.id).where(table.c[column] == value).scalar_subquery()

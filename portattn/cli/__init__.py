@@ -6,6 +6,7 @@ Only the command that runs is imported: help stays fast, heavy packages wait for
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "tune",
         "Find the fastest config of every kernel on this machine and remember it.",
     ),
+    "confirm": (
+        "portattn.cli.confirm",
+        "confirm",
+        "Time every stored config beside the default again, in fresh processes.",
+    ),
     "bench-search": (
         "portattn.cli.bench_search",
         "bench_search",
@@ -32,6 +38,16 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "portattn.cli.show",
         "show",
         "Show what the tuning database holds: best configs against defaults.",
+    ),
+    "report": (
+        "portattn.cli.report",
+        "report",
+        "Write an HTML file: gains, how they were found, what was rejected.",
+    ),
+    "serve": (
+        "portattn.cli.serve",
+        "serve",
+        "Serve the tuning database over HTTP, read only, with a page to look at.",
     ),
     "doctor": (
         "portattn.cli.doctor",
@@ -121,6 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Exits with 0, with 1 on an error that the message explains, with 2 on wrong usage.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # What commands and their workers call is no workload: it is not counted as missed.
+    os.environ["PORTATTN_MISSES"] = "off"
     command = next((argument for argument in arguments if not argument.startswith("-")), None)
     try:
         build(command if command in COMMANDS else None)(arguments, prog_name="portattn")

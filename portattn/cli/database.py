@@ -29,7 +29,7 @@ def export_db(
     from portattn.tuning_db.exchange import export_text
     from portattn.tuning_db.snapshot import read
 
-    store = _existing(database)
+    store = existing(database)
     text = seed_files.dump(seeds, read(store.location).rows) if seeds else export_text(store)
     if file is None:
         typer.echo(text, nl=False)
@@ -69,8 +69,8 @@ def import_db(
     typer.echo(f"imported into {store.location.shown}: {counts}")
 
 
-def _existing(database: str | None) -> Store:
-    """The store, which must be there: exporting makes no database."""
+def existing(database: str | None) -> Store:
+    """The store, which must be there: reading makes no database."""
     from portattn.errors import TuningError
     from portattn.tuning_db.location import locate
     from portattn.tuning_db.store import Store

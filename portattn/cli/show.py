@@ -57,7 +57,7 @@ def show(
 def _device(console: Console, rows: list[StoredConfig]) -> None:
     from rich.table import Table
 
-    from portattn.cli.tune_tables import duration, fields
+    from portattn.report.text import duration, fields
 
     first = rows[0]
     title = f"{first.device_name} ({first.family}, device {first.device_fingerprint[:8]})"

@@ -7,9 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from portattn.cli import tune_tables
+from portattn.cli import tune_tables, tune_worker
+from portattn.cli.tune_sources import Wanted, mirror_for
+from portattn.report.text import duration
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import Console
 
     from portattn.tuner import Case, TuningReport
@@ -25,12 +29,29 @@ def tune(
         ),
     ] = None,
     problems: Annotated[
-        Path | None, typer.Option(help="A JSON file with a list of such texts.")
+        Path | None, typer.Option(help="A file of such texts: one a line, or a JSON list.")
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="The attention of a model, e.g. llama-3-8b, or of a config.json of transformers; "
+            "may be repeated."
+        ),
     ] = None,
     preset: Annotated[
         list[str] | None,
         typer.Option(help="forward, sparse, documents or decode; may be repeated."),
     ] = None,
+    missed: Annotated[
+        bool, typer.Option("--missed", help="What calls asked for and nobody has tuned here.")
+    ] = False,
+    min_count: Annotated[
+        int, typer.Option(min=1, help="With --missed: leave out what was asked for less often.")
+    ] = 1,
+    stale: Annotated[
+        bool,
+        typer.Option("--stale", help="What was tuned with another toolchain or kernel source."),
+    ] = False,
     budget: Annotated[
         float, typer.Option(min=0.001, help="Seconds, for all devices and problems.")
     ] = 60.0,
@@ -50,16 +71,46 @@ def tune(
         int | None,
         typer.Option(min=1, help="Configs to try of a kernel on a problem. Default: what fits."),
     ] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            help="How to time: eager_cold, eager_warm, and on GPUs graph_cold, graph_warm."
+        ),
+    ] = None,
+    confirm: Annotated[
+        bool, typer.Option(help="Store a winner only if it wins in a fresh process too.")
+    ] = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Count configs and estimate the time; run nothing.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option(help="Go on with the same run if it was stopped before its end.")
+    ] = True,
+    enqueue: Annotated[
+        bool, typer.Option("--enqueue", help="Queue the problems for workers; tune nothing.")
+    ] = False,
+    family: Annotated[
+        str | None, typer.Option(help="With --enqueue: devices to queue for, e.g. cuda-sm_90.")
+    ] = None,
+    worker: Annotated[
+        bool, typer.Option("--worker", help="Tune what is queued, until nothing is.")
+    ] = False,
+    stay: Annotated[
+        bool, typer.Option("--stay", help="With --worker: wait for more instead of ending.")
+    ] = False,
+    optuna_storage: Annotated[
+        str | None,
+        typer.Option(help="Copy the trials to this SQLAlchemy URL, for optuna-dashboard."),
+    ] = None,
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
 ) -> None:
     """Find the fastest config of every kernel on this machine and remember it.
 
     Every candidate is checked against the float64 reference before it is timed, and the default
-    config stays unless another is faster beyond noise. Exits with 3 if the budget ended before the
-    last problem.
+    config stays unless another is faster beyond noise. A run that was stopped goes on where it
+    was. Several machines share work through one database: --enqueue there, --worker on each; the
+    budget is then for each job. Exits with 3 if the budget ended before the last problem, or if a
+    job failed.
     """
     from rich.console import Console
 
@@ -67,26 +118,52 @@ def tune(
 
     console = Console()
     devices = device or _devices()
-    chosen = {name: _cases(problem, problems, preset, name) for name in devices}
+    tune_worker.check(enqueue=enqueue, worker=worker, family=family, stay=stay)
+    wanted = Wanted(
+        problems=tuple(problem or ()),
+        file=problems,
+        presets=tuple(preset or ()),
+        models=tuple(model or ()),
+        missed=missed,
+        stale=stale,
+        min_count=min_count,
+        database=database,
+        family=family,
+    )
+    given = {"budget_seconds": budget, "seed": seed, "most": most, "policy": policy}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if enqueue:
+        tune_worker.enqueue(Store(database), family, devices, wanted.cases, kernel, options)
+        return
+    options["confirm"] = confirm
+    if worker:
+        tune_worker.run(console, Store(database), devices, stay=stay, options=options)
+        return
+    chosen = {name: found for name in devices if (found := wanted.cases(name))}
+    if not chosen:
+        console.print("nothing to tune: no such problem is in the database")
     if dry_run:
         for name, cases in chosen.items():
             _estimate(console, cases, name, kernel, most)
         return
     store = Store(database)
+    mirror = mirror_for(optuna_storage, store)
     is_partial = False
     for index, (name, cases) in enumerate(chosen.items()):
-        options = {
-            "budget_seconds": budget / len(devices),
+        options |= {
+            "budget_seconds": budget / len(chosen),
             "device": name,
             "kernels": kernel,
             "store": store,
-            "seed": seed,
-            "most": most,
+            "resume": resume,
+            "policy": policy,
+            "confirm": confirm,
         }
-        report = _run(console, cases, options, progress=progress)
+        report = _run(console, cases, options, mirror, progress=progress)
         tune_tables.summary(console, report)
+        wanted.forget(store, name, cases, report.left_out)
         is_partial = is_partial or bool(report.left_out)
-        if index + 1 < len(devices):
+        if index + 1 < len(chosen):
             console.print()
     if is_partial:
         raise typer.Exit(PARTIAL)
@@ -104,24 +181,6 @@ def _devices() -> list[str]:
     return [*kinds.values(), "cpu"]
 
 
-def _cases(
-    texts: list[str] | None, file: Path | None, presets: list[str] | None, device: str
-) -> list[Case]:
-    from portattn.errors import TuningError
-    from portattn.tuner import cases
-    from portattn.tuner.presets import preset
-
-    found = [cases.parse(text, device) for text in texts or ()]
-    for name in presets or ():
-        found += preset(name, device)
-    if file is not None:
-        try:
-            found += cases.parse_json(file.read_text(encoding="utf-8"), device)
-        except (OSError, UnicodeDecodeError) as error:
-            raise TuningError(f"problems file {file} cannot be read: {error}") from error
-    return found or cases.defaults(device)
-
-
 def _estimate(
     console: Console, cases: list[Case], device: str, kernels: list[str] | None, most: int | None
 ) -> None:
@@ -134,9 +193,14 @@ def _estimate(
 
 
 def _run(
-    console: Console, cases: list[Case], options: dict[str, Any], *, progress: bool
+    console: Console,
+    cases: list[Case],
+    options: dict[str, Any],
+    mirror: Callable[[], int],
+    *,
+    progress: bool,
 ) -> TuningReport:
-    """Tune one device, with a progress bar."""
+    """Tune one device, with a progress bar; trials are mirrored when a problem is done."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from portattn import tuner
@@ -151,8 +215,13 @@ def _run(
             if now.feasible:
                 text += f" {now.tried}/{now.feasible}"
             if now.best_ns is not None and now.default_ns is not None:
-                best, default = map(tune_tables.duration, (now.best_ns, now.default_ns))
+                best, default = map(duration, (now.best_ns, now.default_ns))
                 text += f", best {best}, default {default}"
             bar.update(task, completed=min(now.elapsed_s, seconds), description=text)
+            if now.stage == "stored":
+                mirror()
 
-        return tuner.tune(cases, progress=tell, **options)
+        try:
+            return tuner.tune(cases, progress=tell, **options)
+        finally:
+            mirror()

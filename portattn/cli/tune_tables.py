@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from portattn.report.text import duration, fields
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -12,18 +14,6 @@ if TYPE_CHECKING:
 
 
 _MOST_REASONS = 5
-
-
-def duration(time_ns: int) -> str:
-    """A time for people: three digits and a unit."""
-    for unit, size in (("s", 10**9), ("ms", 10**6), ("us", 10**3)):
-        if time_ns >= size:
-            return (
-                f"{time_ns / size:.3g} {unit}"
-                if time_ns < 1000 * size
-                else f"{time_ns / size:.0f} {unit}"
-            )
-    return f"{time_ns} ns"
 
 
 def summary(console: Console, report: TuningReport) -> None:
@@ -61,22 +51,25 @@ def _left_out(console: Console, report: TuningReport) -> None:
         )
     for problem in report.problems:
         for kernel in problem.kernels:
-            for params, status, reason in kernel.rejected[:3]:
-                text = f"{kernel.name} {fields(params)} on {problem.label}: {status}: {reason}"
-                console.print(f"rejected: {text}", highlight=False, markup=False, soft_wrap=True)
-            if len(kernel.rejected) > 3:
-                more = len(kernel.rejected) - 3
-                console.print(
-                    f"rejected: {more} more configs of {kernel.name} on {problem.label}",
-                    highlight=False,
-                )
+            _rejected(console, kernel, problem.label)
     for label in report.left_out:
         console.print(f"not reached within the budget: {label}", highlight=False)
 
 
-def fields(params: dict[str, int | bool | str]) -> str:
-    """A config on one line."""
-    return " ".join(f"{name}={value}" for name, value in params.items()) or "(no fields)"
+def _rejected(console: Console, kernel: KernelReport, label: str) -> None:
+    """Configs of a kernel that were not right, or not faster in another process."""
+    if kernel.unconfirmed:
+        text = f"default kept: {kernel.name} on {label}: {kernel.unconfirmed}"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+    for params, status, reason in kernel.rejected[:3]:
+        text = f"{kernel.name} {fields(params)} on {label}: {status}: {reason}"
+        console.print(f"rejected: {text}", highlight=False, markup=False, soft_wrap=True)
+    if len(kernel.rejected) > 3:
+        more = len(kernel.rejected) - 3
+        console.print(
+            f"rejected: {more} more configs of {kernel.name} on {label}",
+            highlight=False,
+        )
 
 
 def _cells(kernel: KernelReport, *, is_fastest: bool) -> tuple[str, ...]:

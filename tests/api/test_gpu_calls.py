@@ -77,6 +77,24 @@ def test_repeated_calls_go_to_the_driver_with_their_own_addresses(kernel, name, 
         assert_right(kernel, mask, *pair, output)
 
 
+@pytest.mark.parametrize("kernel", [name for name in NAMES if "decode" not in name])
+def test_other_documents_take_over_the_launch(kernel, monkeypatch):
+    prepared, run = [], type(registry.kernel(kernel)).run
+
+    def counted(self, inputs, config):
+        prepared.append(inputs.mask)
+        return run(self, inputs, config)
+
+    monkeypatch.setattr(type(registry.kernel(kernel)), "run", counted)
+    # Short enough that no row is cut, and longer than a tile.
+    for seed, first in enumerate((90, 200, 333, 480, 300)):
+        bounds = [0, first, *range(first + 480, 1999, 480), 2000]
+        mask = masks.documents(bounds) & masks.causal()
+        pair = query_of(kernel, seed)
+        assert_right(kernel, mask, *pair, compute(kernel, mask, *pair))
+    assert len(prepared) == 1
+
+
 @each_case
 def test_another_stream(kernel, name):
     mask = MASKS[name]

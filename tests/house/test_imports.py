@@ -16,6 +16,8 @@ HEAVY = (
     "onnxscript",
     "onnxruntime",
     "transformers",
+    "fastapi",
+    "uvicorn",
 )
 
 

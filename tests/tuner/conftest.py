@@ -8,7 +8,7 @@ import pytest
 from portattn.backends import registry
 from portattn.backends.base import Config, Kernel
 from portattn.tuner import cases
-from portattn.tuner.measure import Timer
+from portattn.tuner.timers import Timer
 from portattn.tuning_db import lookup
 from portattn.tuning_db.store import Store
 

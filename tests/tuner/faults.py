@@ -7,6 +7,8 @@ import sys
 import time
 from typing import ClassVar
 
+import torch
+
 from portattn.backends import registry
 from portattn.backends.base import Config, Kernel
 
@@ -27,6 +29,7 @@ class FaultyKernel(Kernel):
     backend: ClassVar[str] = "cpu"
     config_type: ClassVar[type[Config]] = FaultyConfig
     faults: ClassVar[tuple[str, ...]] = ("none",)
+    runs: ClassVar[int] = 0
 
     def unsupported_reasons(self, problem):
         return []
@@ -47,22 +50,40 @@ class FaultyKernel(Kernel):
         self.fail(inputs, config.fault)
 
     def fail(self, inputs, fault):
-        if fault == "wrong":
-            inputs.output[..., -1, 0] += 0.01
-        elif fault == "nan":
-            inputs.output[0, 0, 0, 0] = float("nan")
+        if fault in SPOILED:
+            SPOILED[fault](inputs)
         elif fault == "raises":
             raise RuntimeError("illegal instruction")
-        elif fault == "abort":
-            os.abort()
-        elif fault == "exit":
-            os._exit(0)
-        elif fault == "sys_exit":
-            sys.exit(3)
-        elif fault == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        elif fault == "hang":
-            time.sleep(600)
+        elif fault == "huge":
+            torch.ones(10 << 30, dtype=torch.uint8)
+        elif fault in ENDED:
+            ENDED[fault]()
+
+
+def add_to_last_row(inputs):
+    inputs.output[..., -1, 0] += 0.01
+
+
+def come_first_or_not(inputs):
+    FaultyKernel.runs += 1
+    if FaultyKernel.runs % 4 == 0:
+        add_to_last_row(inputs)
+
+
+SPOILED = {
+    "wrong": add_to_last_row,
+    "nan": lambda inputs: inputs.output[0, 0, 0, :1].fill_(float("nan")),
+    "oob": lambda inputs: inputs.output.untyped_storage().__setitem__(5, 0),
+    "race": come_first_or_not,
+}
+ENDED = {
+    "abort": os.abort,
+    "exit": lambda: os._exit(0),
+    "sys_exit": lambda: sys.exit(3),
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "slow_compile": lambda: time.sleep(61),
+    "hang": lambda: time.sleep(600),
+}
 
 
 class FaultyCompiler:

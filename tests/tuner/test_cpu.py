@@ -11,7 +11,7 @@ import portattn
 from portattn.backends.cpu.forward import CpuForward
 from portattn.device import device_key
 from portattn.tuner import cases, tune
-from portattn.tuner.measure import Timer
+from portattn.tuner.timers import Timer
 from portattn.tuning_db import lookup
 
 NEW_PROCESS = """
@@ -41,7 +41,7 @@ def in_new_process(repository, database):
 
 def test_a_small_budget_tunes_and_a_new_process_uses_it(store, repository):
     case = cases.parse("b1 h2 s100 d32 float32 causal")
-    report = tune([case], budget_seconds=3, store=store)
+    report = tune([case], budget_seconds=60, most=4, store=store)
     kernels = {kernel.name: kernel for kernel in report.problems[0].kernels}
     forward = kernels["cpu_forward"]
     assert forward.tried >= 2

@@ -3,7 +3,7 @@
 import pytest
 
 from portattn.device import device_key
-from portattn.tuner import cases, measure, tune
+from portattn.tuner import cases, timers, tune
 from portattn.tuning_db import lookup
 
 
@@ -31,6 +31,6 @@ def test_events_tell_the_time():
     import torch
 
     a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
-    timer = measure.timer_for("cuda")
+    timer = timers.timer_for("cuda")
     timer.sample(lambda: a @ a, 3)
     assert 50_000 < timer.sample(lambda: a @ a, 10) < 50_000_000

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from portattn.errors import TuningError
-from portattn.tuner import measure
+from portattn.tuner import measure, timers
 from portattn.tuner.search import Search
 
 
@@ -32,7 +32,7 @@ def test_the_interval_holds_the_median_95_times_in_100():
     assert hits >= 470
 
 
-class Scripted(measure.Timer):
+class Scripted(timers.Timer):
     def __init__(self):
         self.order = []
 
@@ -72,9 +72,9 @@ def test_faster_means_beyond_noise_and_by_one_percent():
 
 
 def test_the_cpu_timer_tells_time():
-    assert 4_000_000 < measure.timer_for("cpu").sample(lambda: time.sleep(0.005), 2) < 500_000_000
+    assert 4_000_000 < timers.timer_for("cpu").sample(lambda: time.sleep(0.005), 2) < 500_000_000
     with pytest.raises(TuningError, match="'mps'"):
-        measure.timer_for("mps")
+        timers.timer_for("mps")
 
 
 def test_a_search_proposes_each_config_once_default_and_known_first(fake_config):

@@ -71,7 +71,8 @@ def test_a_faulty_config_is_rejected_recorded_and_never_timed(
     assert {(params["fault"], one) for params, one, _ in report.rejected} == {(fault, status)}
     faulty = {config: count for config, count in kernel.runs.items() if config.fault == fault}
     assert len(faulty) == 30
-    assert max(faulty.values()) <= 3  # the real problem and the small ones, once each: no timing
+    # The real problem once, a small one three times, the other once at most: no timing.
+    assert max(faulty.values()) <= 5
     stored = [row for row in rows(store, schema.measurement) if row["status"] != "ok"]
     assert len(stored) == 30
     assert all(row["median_ns"] is None and row["error_text"] for row in stored)
@@ -165,9 +166,9 @@ def test_a_refusing_kernel_is_listed_with_its_reason(fake_kernel, fake_timer, ca
 
 def test_the_budget_leaves_problems_out_and_says_which(fake_kernel, fake_timer, case, store):
     kernel = fake_kernel()
-    report = tune(
-        [case, case], budget_seconds=1e-6, kernels=[kernel], timer=fake_timer(kernel), store=store
-    )
+    other = cases.parse("b1 h2 s60 d16 float32 causal")  # of the same bucket
+    options = {"kernels": [kernel], "timer": fake_timer(kernel), "store": store}
+    report = tune([case, other, case], budget_seconds=1e-6, **options)
     assert len(report.problems) == 1
     assert report.left_out == ("b1 h2 s64 d16 float32 causal",)
     assert rows(store, schema.run)[0]["state"] == "partial"

@@ -9,7 +9,13 @@ from portattn.problem import AttentionProblem
 from portattn.tuning_db import lookup
 from portattn.tuning_db.identity import toolchain_class
 from portattn.tuning_db.key import bucket
-from portattn.tuning_db.records import KernelResult, Measurement, ProblemResult, Timing
+from portattn.tuning_db.records import (
+    KernelResult,
+    Measurement,
+    ProblemResult,
+    Subject,
+    Timing,
+)
 from portattn.tuning_db.store import Store
 
 PROBLEM = AttentionProblem("cpu", "float32", 1, 8, 8, 1024, 1024, 64, 64)
@@ -100,6 +106,35 @@ def database(tmp_path, monkeypatch):
 @pytest.fixture
 def store(database):
     return Store()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def either(request, database, monkeypatch):
+    """The location of an empty database of either kind, which PORTATTN_DB names."""
+    if request.param == "sqlite":
+        yield str(database)
+        return
+    url = request.getfixturevalue("postgresql").database()
+    monkeypatch.setenv("PORTATTN_DB", url)
+    lookup.reload()
+    yield url
+
+
+@pytest.fixture
+def subject():
+    return subject_of(result())
+
+
+def subject_of(result):
+    """What the first kernel of a result was measured on."""
+    kernel = result.kernels[0]
+    identity = (kernel.kernel_name, kernel.backend, kernel.source_sha256, kernel.space_sha256)
+    return Subject(result.device, result.key, result.shape, result.policy, *identity)
+
+
+def tried(number, median_ns=1000, round=0):
+    """A measurement of a config that no other number has."""
+    return Measurement({"block_q": 16, "number": number}, round, "ok", timing(median_ns), 2000)
 
 
 @pytest.fixture

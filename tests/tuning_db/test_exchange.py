@@ -12,6 +12,11 @@ from portattn.tuning_db.store import Store
 
 
 @pytest.fixture
+def store(either):
+    return Store(either)
+
+
+@pytest.fixture
 def exported(fill, store, make_result, problem, device, vary):
     fill(
         make_result(),

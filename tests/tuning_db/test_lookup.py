@@ -1,5 +1,6 @@
 """Reading on the call path: the ladder, and every way in which a database can be unusable."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -7,13 +8,16 @@ import sys
 import time
 
 import pytest
+from hypothesis import given, strategies
 
 from portattn import masks
 from portattn.tuning_db import lookup, seeds
 from portattn.tuning_db.identity import toolchain_class
-from portattn.tuning_db.key import bucket
+from portattn.tuning_db.key import bucket, distance
 from portattn.tuning_db.location import locate
+from portattn.tuning_db.nearest import Group
 from portattn.tuning_db.snapshot import StoredConfig
+from tests.tuning_db.conftest import PROBLEM
 
 PARAMS = {"block_q": 32, "pack": True}
 
@@ -190,3 +194,59 @@ def test_status_says_what_is_there(fill, make_result):
     assert (status.state, status.rows, status.invalid_rows) == ("ok", 1, 0)
     assert status.location == locate()
     assert json.dumps(status.detail) == '""'
+
+
+def test_after_loading_there_is_no_sql(fill, make_result, problem, device, vary, monkeypatch):
+    fill(make_result())
+    assert lookup.status().rows == 1
+
+    def refuse(*arguments, **options):
+        raise AssertionError("SQL on the call path")
+
+    monkeypatch.setattr("sqlite3.connect", refuse)
+    monkeypatch.setattr("sqlalchemy.create_engine", refuse)
+    for length in (1024, 1000, 600, 3000, 70_000):
+        lookup.find("cpu_forward", vary(problem, seqlen_k=length), device)
+        lookup.ranking(["cpu_forward"], vary(problem, seqlen_k=length), device)
+
+
+def test_a_new_length_of_a_known_bucket_is_not_searched_again(
+    fill, make_result, problem, device, vary, monkeypatch
+):
+    fill(make_result())
+    first = lookup.find("cpu_forward", problem, device)
+    monkeypatch.setattr(lookup, "_search", None)
+    assert lookup.find("cpu_forward", vary(problem, seqlen_k=1000), device) is first
+
+
+SIZES = strategies.sampled_from((0, 1, 2, 8, 64, 1024, 65536))
+
+
+@given(
+    strategies.lists(strategies.tuples(*([SIZES] * 5)), min_size=1, max_size=12),
+    strategies.tuples(*([SIZES] * 5)),
+)
+def test_the_nearest_is_that_of_the_distance(tuned, asked):
+    def key_of(sizes):
+        batch, heads, length, window, block = sizes
+        kv_heads = max(heads // 4, 1)
+        return dataclasses.replace(
+            bucket(PROBLEM),
+            batch_bucket=batch,
+            hq=max(heads, 1),
+            hkv=kv_heads,
+            sk_bucket=length,
+            window_bucket=window,
+            block_size=block,
+        )
+
+    group, asked_key = Group(), key_of(asked)
+    for sizes in tuned:
+        group.add(StoredConfig("k", "cpu", key_of(sizes), {}, "f"))
+    apart = {key: distance(key, asked_key) for key in group.rows}
+    least = min(apart.values())
+    found = group.near(asked_key, 4.0)
+    if least > 4.0:
+        assert found == []
+    else:
+        assert {key for key, value in apart.items() if value <= least + 1e-9} == set(found)

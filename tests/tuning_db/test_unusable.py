@@ -77,7 +77,7 @@ def test_a_writer_does_not_hinder_reading(fill, make_result, database, problem, 
 
 def test_a_newer_database_is_one_warning(fill, make_result, database, problem, device):
     fill(make_result(PARAMS))
-    damage(database, "UPDATE portattn_version SET version_num = '0002'")
+    damage(database, "UPDATE portattn_version SET version_num = '9999'")
     found, messages = quiet_find(problem, device)
     assert found is None
     assert len(messages) == 1

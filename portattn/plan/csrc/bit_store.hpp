@@ -11,23 +11,30 @@
 
 namespace portattn {
 
+// Of 8-byte words. Four chains, because a bit tile is long and a multiplication takes its time.
+inline uint64_t hash_words(const void* words, size_t count) {
+    constexpr uint64_t kFactor = 0xBF58476D1CE4E5B9ULL;
+    const auto mix = [words](uint64_t h, size_t n) {
+        uint64_t word;
+        std::memcpy(&word, static_cast<const char*>(words) + 8 * n, 8);
+        h = (h ^ word) * kFactor;
+        return h ^ (h >> 29);
+    };
+    uint64_t h[4] = {count, 1, 2, 3};
+    size_t n = 0;
+    for (; n + 4 <= count; n += 4)
+        for (size_t lane = 0; lane < 4; ++lane) h[lane] = mix(h[lane], n + lane);
+    for (; n < count; ++n) h[0] = mix(h[0], n);
+    for (size_t lane = 1; lane < 4; ++lane) {
+        h[0] = (h[0] ^ h[lane]) * kFactor;
+        h[0] ^= h[0] >> 29;
+    }
+    return h[0];
+}
+
 struct VectorHash {
-    // Four chains, because a bit tile is long and a multiplication takes its time.
     size_t operator()(const std::vector<i64>& key) const {
-        constexpr uint64_t kFactor = 0xBF58476D1CE4E5B9ULL;
-        uint64_t h[4] = {key.size(), 1, 2, 3};
-        size_t n = 0;
-        for (; n + 4 <= key.size(); n += 4)
-            for (size_t lane = 0; lane < 4; ++lane) {
-                h[lane] = (h[lane] ^ static_cast<uint64_t>(key[n + lane])) * kFactor;
-                h[lane] ^= h[lane] >> 29;
-            }
-        for (; n < key.size(); ++n) h[0] = (h[0] ^ static_cast<uint64_t>(key[n])) * kFactor;
-        for (size_t lane = 1; lane < 4; ++lane) {
-            h[0] = (h[0] ^ h[lane]) * kFactor;
-            h[0] ^= h[0] >> 29;
-        }
-        return static_cast<size_t>(h[0]);
+        return static_cast<size_t>(hash_words(key.data(), key.size()));
     }
 };
 
@@ -48,8 +55,10 @@ class BitStore {
     int32_t add(const BitMatrix& matrix, i64 num_keys) {
         const i64 block_q = plan_.view.block_q, words = plan_.view.words_per_row,
                   block_k = plan_.view.block_k;
-        std::vector<i64> key(static_cast<size_t>((block_q * words + 1) / 2), 0);
-        auto* bits = reinterpret_cast<uint32_t*>(key.data());
+        // Made where it is going to stay: memory that is new to the process costs more than the work in it.
+        const size_t at = plan_.bits.size(), size = static_cast<size_t>(block_q * words);
+        plan_.bits.resize(at + size);
+        uint32_t* bits = plan_.bits.data() + at;
         uint64_t any = 0, missing = 0;
         for (i64 w = 0; w * 64 < num_keys; ++w) {
             const i64 left = num_keys - w * 64;
@@ -66,11 +75,14 @@ class BitStore {
                     std::memcpy(bits + r * words + 2 * w, &word, 4);
             }
         }
-        if (!any) return PA_BITS_EMPTY;
-        if (!missing && num_keys == block_k) return PA_BITS_FULL;
-        auto found = ids_.emplace(std::move(key), static_cast<int32_t>(ids_.size()));
-        if (found.second) store(reinterpret_cast<const uint32_t*>(found.first->first.data()));
-        return found.first->second;
+        int32_t found = PA_BITS_EMPTY;
+        const auto next = static_cast<int32_t>(at / size);
+        if (!missing && num_keys == block_k)
+            found = PA_BITS_FULL;
+        else if (any)
+            found = find_or_keep(bits, size, next);
+        if (found != next) plan_.bits.resize(at);
+        return found;
     }
 
     // Makes room for so many tiles, or for as many as are worth it.
@@ -80,15 +92,25 @@ class BitStore {
     }
 
   private:
-    void store(const uint32_t* bits) {
-        const i64 block_q = plan_.view.block_q, words = plan_.view.words_per_row;
-        const i64 bytes = static_cast<i64>(ids_.size()) * block_q * words * 4;
-        if (bytes > max_bytes_)
+    // The number of an equal tile, or `next`, which it is from now on.
+    int32_t find_or_keep(const uint32_t* bits, size_t size, int32_t next) {
+        const uint64_t hash = hash_words(bits, size / 2);
+        const auto range = ids_.equal_range(hash);
+        for (auto at = range.first; at != range.second; ++at)
+            if (!std::memcmp(plan_.bits.data() + static_cast<size_t>(at->second) * size, bits, 4 * size))
+                return at->second;
+        if (static_cast<i64>(4 * size) * (next + 1) > max_bytes_)
             throw PlanError{
                 "mask needs more than " + std::to_string(max_bytes_) +
                 " bytes of distinct partial tiles; use larger blocks in the mask, or one Segments "
                 "joined by & instead of several"};
-        plan_.bits.insert(plan_.bits.end(), bits, bits + block_q * words);
+        ids_.emplace(hash, next);
+        add_ranges(bits);
+        return next;
+    }
+
+    void add_ranges(const uint32_t* bits) {
+        const i64 block_q = plan_.view.block_q, words = plan_.view.words_per_row;
         for (i64 panel = 0; panel < block_q; panel += 16) {
             const i64 rows = std::min<i64>(16, block_q - panel);
             int32_t first = INT32_MAX, last = 0;
@@ -108,7 +130,7 @@ class BitStore {
 
     pa_plan& plan_;
     i64 max_bytes_;
-    std::unordered_map<std::vector<i64>, int32_t, VectorHash> ids_;
+    std::unordered_multimap<uint64_t, int32_t> ids_;  // by the hash of their bits
 };
 
 }  // namespace portattn

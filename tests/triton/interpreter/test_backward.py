@@ -107,7 +107,7 @@ def test_strides():
 
 
 # No shrinking: a case takes a second here. The plan's own property tests shrink.
-@settings(max_examples=12, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 @given(case=mask_expressions(depth=3, max_len=80))
 def test_random_masks(case):
     check_backward(
