@@ -36,7 +36,7 @@ test: setup
 
 bench: setup
 	$(call say,'measuring this machine; results go to benchmarks/results/')
-	for name in planning cpu_forward call_overhead onnx_attention; do \
+	for name in planning cpu_forward cpu_backward call_overhead onnx_attention; do \
 	  $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 format: setup

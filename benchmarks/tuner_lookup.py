@@ -5,8 +5,8 @@
 A database of 1,200 problems and one of 4,800 for one kernel are loaded; then SQL is made
 impossible. Timed is `portattn.tuning_db.lookup.find`: for a problem that the process has met, for
 new lengths in a bucket that it has met, and for a bucket that it has not met, which takes the
-nearest one (the first call of each). On one thread; medians. Writes
-benchmarks/results/tuner_lookup.json.
+nearest one (the first call of each). On one thread, in its CPU time, which other programs disturb
+less than the clock's; medians. Writes benchmarks/results/tuner_lookup.json.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ def time_each(calls: list[AttentionProblem]) -> dict[str, float]:
     """Microseconds of the first lookup of each problem."""
     device, times = device_key("cpu"), []
     for problem in calls:
-        started = time.perf_counter_ns()
+        started = time.thread_time_ns()
         lookup.find(KERNEL, problem, device, kernel_source=lambda: "a" * 64)
-        times.append((time.perf_counter_ns() - started) / 1e3)
+        times.append((time.thread_time_ns() - started) / 1e3)
     times.sort()
     return {
         "calls": len(times),
@@ -90,10 +90,10 @@ def time_seen(problem: AttentionProblem, repeats: int, count: int = 20_000) -> d
     """Microseconds of a lookup that was asked before, the loop's own cost included."""
     device, times = device_key("cpu"), []
     for _ in range(repeats):
-        started = time.perf_counter_ns()
+        started = time.thread_time_ns()
         for _ in range(count):
             lookup.find(KERNEL, problem, device)
-        times.append((time.perf_counter_ns() - started) / count / 1e3)
+        times.append((time.thread_time_ns() - started) / count / 1e3)
     return {
         "calls": repeats * count,
         "median_us": round(statistics.median(times), 3),
@@ -107,9 +107,9 @@ def measure(heads: tuple[int, ...], repeats: int) -> dict[str, Any]:
         os.environ["PORTATTN_DB"] = str(Path(folder) / "tuning.db")
         rows = fill(heads)
         lookup.reload()
-        started = time.perf_counter()
+        started = time.thread_time()
         assert lookup.status().rows == rows
-        load_ms = 1e3 * (time.perf_counter() - started)
+        load_ms = 1e3 * (time.thread_time() - started)
     # The file is gone: an answer cannot come from it any more.
     chance = random.Random(0)
     first = next(problems(heads))

@@ -93,6 +93,7 @@ class _Table:
         self.by_bucket: dict[tuple[str, ProblemKey, DeviceKey], Found | None] = {}
 
 
+_UNKNOWN = Found({}, "")  # not asked yet
 _lock = threading.Lock()
 _table: _Table | None = None
 
@@ -184,9 +185,8 @@ def find(
     except KeyError:
         pass
     bucket_key = (kernel_name, bucket(problem), device)
-    try:
-        found = table.by_bucket[bucket_key]
-    except KeyError:
+    found = table.by_bucket.get(bucket_key, _UNKNOWN)
+    if found is _UNKNOWN:
         found = _search(table, *bucket_key, kernel_source)
         if len(table.by_bucket) >= _MEMO_ENTRIES:
             table.by_bucket.clear()
@@ -243,8 +243,8 @@ def _search(
         way = not row.policy.startswith(table.policy), not row.policy.endswith("cold")
         return _tier(row, fingerprint, source), way, row.median_ns
 
-    best = min(rows, key=rank)
-    rung = RUNGS[rank(best)[0]] if keys == [key] else "nearest"
+    best = min(rows, key=rank) if len(rows) > 1 else rows[0]
+    rung = "nearest" if keys[0] is not key else RUNGS[_tier(best, fingerprint, source)]
     return Found({} if best.is_default else best.params, rung)
 
 

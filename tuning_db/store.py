@@ -73,7 +73,8 @@ class Store:
         try:
             with self.engine.begin() as connection:
                 yield connection
-        except SQLAlchemyError as error:
+        # sqlite3 decodes messages about a damaged file, which hold its bytes.
+        except (SQLAlchemyError, UnicodeError) as error:
             raise unusable(self.location, error) from error
 
     def begin_run(

@@ -52,7 +52,7 @@ def default_tiles(inputs: AttentionInputs) -> Tiles:
 
     On AMX more keys a tile pack a query tile less often; fewer leave no thread without work.
     """
-    block_k, panel, threads = 256 if abi.has_amx() else 64, abi.panel(), torch.get_num_threads()
+    block_k, panel, threads = 512 if abi.has_amx() else 64, abi.panel(), torch.get_num_threads()
     batch, heads, seqlen_k, _ = inputs.key.shape
     while block_k > max(panel, 64) and batch * heads * -(-seqlen_k // block_k) < 2 * threads:
         block_k //= 2

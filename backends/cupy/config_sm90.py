@@ -14,12 +14,14 @@ from portattn.masks.opcodes import (
     BAND,
     BLOCK_TABLE,
     DIFF_MODULO,
+    DOCUMENTS,
     KEY_MODULO,
     KEY_RANGE,
     KEY_SET,
     QUERY_RANGE,
     QUERY_SET,
     RANDOM_BLOCKS,
+    SEGMENTS,
     block_sizes,
     instructions,
     is_bound,
@@ -40,6 +42,7 @@ _RESERVED_SHARED_BYTES = 1024  # per block, by the runtime
 _STAGE_BYTES = 2048  # of a warp, for storing O
 _WORK_SLOTS = 2
 _WORK_BYTES = _WORK_SLOTS * 80 + 16
+_ENTRY_BYTES = 2 * 16  # of a stage: what partial tiles mask
 # Beside S, P and O, without which the loop spills (ptxas reports of the variants).
 _OTHER_REGISTERS = 32
 
@@ -215,9 +218,10 @@ def _tiles_bytes(head_dim: int, head_dim_v: int, config: ForwardSm90Config) -> i
 
 
 def _rest_bytes(config: ForwardSm90Config) -> int:
-    """Work slots, barriers, and what aligning the start to 1024 takes."""
+    """Work slots, entries, barriers, and what aligning the start to 1024 takes."""
     return (
         _WORK_BYTES
+        + _ENTRY_BYTES * config.num_stages
         + 8 * (2 * _WORK_SLOTS + 1 + 2 * config.consumers + 4 * config.num_stages)
         + 1024
     )
@@ -295,6 +299,9 @@ _SHORT_CAUSAL = 2048  # keys; at head_dim 64, causal rows up to this are short w
 _L2_BYTES = 32 << 20  # of an H100's 50 MB, for keys and values that are read in no order
 _MODULI = frozenset({KEY_MODULO, DIFF_MODULO})
 _SETS = frozenset({KEY_SET, QUERY_SET, KEY_RANGE, QUERY_RANGE})
+_RANDOM = frozenset({RANDOM_BLOCKS, BLOCK_TABLE})
+# The longest rows go first, and theirs are the keys of many documents: few heads' stay in L2.
+_PACKED = frozenset({SEGMENTS, DOCUMENTS})
 
 
 def _is_short(problem: AttentionProblem) -> bool:
@@ -313,8 +320,8 @@ def _is_short(problem: AttentionProblem) -> bool:
 def _head_group(problem: AttentionProblem) -> int:
     """Heads that run together; where tiles are drawn at random, those that L2 holds."""
     opcodes = {opcode for opcode, _ in instructions(problem.program)}
-    heads = 4 if problem.seqlen_k <= _SHORT_KEYS else 16
-    if opcodes & {RANDOM_BLOCKS, BLOCK_TABLE}:
+    heads = 4 if problem.seqlen_k <= _SHORT_KEYS or opcodes & _PACKED else 16
+    if opcodes & _RANDOM:
         kv_bytes = 2 * problem.seqlen_k * (problem.head_dim + problem.head_dim_v)
         kv_heads = max(1, _L2_BYTES // max(kv_bytes, 1))
         heads = min(heads, 1 << (kv_heads.bit_length() - 1))

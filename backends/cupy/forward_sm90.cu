@@ -43,10 +43,10 @@ struct Consumer {
     const Shared& shared;
     const Lane lane;
     const int group;
-    int tile;        // tiles begun since the kernel started
-    int query;       // Q tiles, likewise
-    int count;       // works, likewise
-    int tile_begin;  // of the work's item
+    int tile;   // tiles begun since the kernel started
+    int query;  // Q tiles, likewise
+    int last;   // the work's last tile
+    int count;  // works begun
 
     PA_DEVICE Work work() const { return read_work(shared, count); }
     PA_DEVICE bool leads() const { return thread_index() % 128 == 0; }
@@ -76,6 +76,22 @@ struct Consumer {
         }
     }
     PA_DEVICE uint64 query_tile() const { return panel_descriptor(shared.query(group), 16); }
+
+    // The next Q, for a work of so many tiles.
+    PA_DEVICE void begin_query(int tiles) {
+        last = tile + tiles - 1;
+        mbarrier_wait(shared.query_full(group), query & 1);
+        ++query;
+    }
+    PA_DEVICE void release_query() const {
+        if (leads()) mbarrier_arrive(shared.query_empty(group));
+    }
+    // After the work's last scores the next Q may come, unless rows are stored over this one.
+    PA_DEVICE void release_key(int stage) const {
+        release(stage, false);
+        if (tile == last && !stages_over_query(p)) release_query();
+    }
+    PA_DEVICE int index(const Item& item) const { return tile - (last + 1 - num_tiles(item)); }
     PA_DEVICE uint64 key_tile(int stage) const { return panel_descriptor(shared.key(stage), 16); }
     PA_DEVICE uint64 value_tile(int stage) const {
         return panel_descriptor(shared.value(stage), kTilePanelBytes);
@@ -90,36 +106,46 @@ struct Consumer {
     }
 };
 
-// What a partial tile masks, and where score terms lie; read before the products, so that they hide it.
+// What a partial tile masks, and where score terms lie; read while the products run.
 struct TileInfo {
     TileKeys keys;
     TileMask mask;
 };
 
 template <bool kPartial>
-PA_DEVICE void begin_tile(TileInfo& tile, const Consumer& consumer, int index) {
+PA_DEVICE void begin_tile(TileInfo& tile, const Consumer& consumer) {
     // The work is read where it is needed: registers are short.
-    if constexpr (kScoreTerms) tile.keys = tile_keys(consumer.p, consumer.work().item, index);
+    if constexpr (kScoreTerms) {
+        const Item item = consumer.work().item;
+        tile.keys = tile_keys(consumer.p, item, consumer.index(item));
+    }
     if constexpr (kPartial) {
-        const int* entry = consumer.p.tiles + 4 * static_cast<int64>(consumer.tile_begin + index);
-        const int same = load_int(entry + 2);
-        const int other = load_int(entry + 3);
+        uint32 entry[4];
+        shared_load_words(entry, consumer.shared.entry(consumer.tile));
+        const int same = static_cast<int>(entry[2]);
+        const int other = static_cast<int>(entry[3]);
         if (same == other) {
-            mask_by_bits(tile.mask, consumer.p, consumer.lane, same);
+            mask_by_bit_tile(tile.mask, consumer.p, consumer.lane, same);
         } else {
-            mask_by_ids(tile.mask, consumer.p, consumer.lane, consumer.work(),
-                        TileKeys{load_int(entry), load_int(entry + 1)}, same, other);
+            mask_by_id_tile(tile.mask, consumer.p, consumer.lane, consumer.work(),
+                            TileKeys{static_cast<int>(entry[0]), static_cast<int>(entry[1])}, same, other);
         }
     }
 }
 
-// Scores to weights in place; returns whether O must be rescaled.
-template <bool kPartial>
+// Scores to weights in place; returns whether O must be rescaled. kFirst: of new rows.
+template <bool kPartial, bool kFirst>
 PA_DEVICE bool scores_to_weights(Scores& s, RowState& state, RowFactors& rescale, const TileInfo& tile,
                                  const Consumer& consumer) {
     if constexpr (kScoreTerms) add_score_terms(s, consumer.p, consumer.lane, consumer.work(), tile.keys);
     if constexpr (kPartial) apply_mask(s, tile.mask);
-    const bool changed = scores_to_distances(s, state, rescale, kScoreTerms ? 1.0f : consumer.p.scale_log2);
+    const float c = kScoreTerms ? 1.0f : consumer.p.scale_log2;
+    bool changed = false;
+    if constexpr (kFirst) {
+        first_distances(s, state, c);
+    } else {
+        changed = scores_to_distances(s, state, rescale, c);
+    }
     distances_to_weights(s, state);
     return changed;
 }
@@ -127,17 +153,17 @@ PA_DEVICE bool scores_to_weights(Scores& s, RowState& state, RowFactors& rescale
 template <bool kPartial>
 PA_DEVICE void first_tile(Consumer& consumer, Scores& s, Weights& weights, RowState& state) {
     const int stage = consumer.stage<-1>();
-    TileInfo tile;
-    begin_tile<kPartial>(tile, consumer, 0);
     consumer.wait_key(stage);
     consumer.take_turn();
     start_scores(s, consumer.query_tile(), consumer.key_tile(stage));
     consumer.pass_turn();
+    TileInfo tile;
+    begin_tile<kPartial>(tile, consumer);
     wgmma_wait<0>();
     keep_registers(s);
-    consumer.release(stage, false);
+    consumer.release_key(stage);
     RowFactors rescale;  // O is still 0
-    scores_to_weights<kPartial>(s, state, rescale, tile, consumer);
+    scores_to_weights<kPartial, true>(s, state, rescale, tile, consumer);
     pack_weights(weights, s);
     ++consumer.tile;
 }
@@ -146,23 +172,23 @@ PA_DEVICE void first_tile(Consumer& consumer, Scores& s, Weights& weights, RowSt
 // there are two, else the same.
 template <bool kPartial, int kStage>
 PA_DEVICE void next_tile(Consumer& consumer, Scores& s, Output& o, Weights& weights, Weights& next_weights,
-                         RowState& state, int index) {
+                         RowState& state) {
     constexpr bool kPacksEarly = kStage >= 0 && kWeightBuffers > 1;
     const int stage = consumer.stage<kStage>();
     const int before = consumer.stage_before<kStage>();
-    TileInfo tile;
-    begin_tile<kPartial>(tile, consumer, index);
     consumer.wait_key(stage);
     consumer.take_turn();
     start_scores(s, consumer.query_tile(), consumer.key_tile(stage));
     consumer.wait_value(before);
     // The turn passes before the last products are issued: the next consumer's follow without a gap.
     start_output(o, weights, consumer.value_tile(before), [&] { consumer.pass_turn(); });
+    TileInfo tile;
+    begin_tile<kPartial>(tile, consumer);
     wgmma_wait<1>();
     keep_registers(s);
-    consumer.release(stage, false);
+    consumer.release_key(stage);
     RowFactors rescale;
-    const bool changed = scores_to_weights<kPartial>(s, state, rescale, tile, consumer);
+    const bool changed = scores_to_weights<kPartial, false>(s, state, rescale, tile, consumer);
     if constexpr (kPacksEarly) pack_weights(next_weights, s);
     keep_registers(s);
     // Otherwise ptxas moves the wait before the exponentials, which then overlap nothing.
@@ -178,27 +204,21 @@ PA_DEVICE void next_tile(Consumer& consumer, Scores& s, Output& o, Weights& weig
 
 template <int kStage = 0>
 PA_DEVICE void next_full_tile(Consumer& consumer, Scores& s, Output& o, Weights (&buffers)[kWeightBuffers],
-                              RowState& state, int index) {
+                              RowState& state) {
     if constexpr (kWeightBuffers == 1) {
-        next_tile<false, -1>(consumer, s, o, buffers[0], buffers[0], state, index);
+        next_tile<false, -1>(consumer, s, o, buffers[0], buffers[0], state);
     } else if (kStage + 1 < kNumStages && consumer.tile % kNumStages != kStage) {
-        next_full_tile<kStage + 1 < kNumStages ? kStage + 1 : 0>(consumer, s, o, buffers, state, index);
+        next_full_tile<kStage + 1 < kNumStages ? kStage + 1 : 0>(consumer, s, o, buffers, state);
     } else {
-        next_tile<false, kStage>(consumer, s, o, buffers[(kStage + 1) % 2], buffers[kStage % 2], state,
-                                 index);
+        next_tile<false, kStage>(consumer, s, o, buffers[(kStage + 1) % 2], buffers[kStage % 2], state);
     }
 }
 
-PA_DEVICE void run_tiles(Consumer& consumer, Output& o, RowState& state) {
-    const Work work = consumer.work();
-    const int partial = warp_uniform(work.item.tile_end - work.item.tile_begin);
-    const int total = warp_uniform(num_tiles(work.item));
-    const bool keeps_query = stages_over_query(consumer.p);
-    if (total == 0 && !keeps_query) return;
-    consumer.tile_begin = work.item.tile_begin;
-    mbarrier_wait(consumer.shared.query_full(consumer.group), consumer.query & 1);
-    ++consumer.query;
-    if (total == 0) return;  // its rows are stored over the Q buffer all the same
+// Full tiles keep the weights of tile n in buffer n % kWeightBuffers: the next tile's are packed while the
+// product with the last's runs.
+PA_DEVICE void run_tiles(Consumer& consumer, Output& o, RowState& state, int total) {
+    consumer.tile = warp_uniform(consumer.tile);
+    const int partial = total - warp_uniform(consumer.work().item.full_count);
     Scores s;
     Weights buffers[kWeightBuffers];
     if (partial > 0) {
@@ -208,12 +228,11 @@ PA_DEVICE void run_tiles(Consumer& consumer, Output& o, RowState& state) {
     }
 #pragma unroll 1
     for (int index = 1; index < partial; ++index)
-        next_tile<true, -1>(consumer, s, o, buffers[0], buffers[0], state, index);
+        next_tile<true, -1>(consumer, s, o, buffers[0], buffers[0], state);
     place_weights(buffers, consumer.tile - 1);
 #pragma unroll 1
     for (int index = partial > 1 ? partial : 1; index < total; ++index)
-        next_full_tile(consumer, s, o, buffers, state, index);
-    if (!keeps_query && consumer.leads()) mbarrier_arrive(consumer.shared.query_empty(consumer.group));
+        next_full_tile(consumer, s, o, buffers, state);
     const int before = consumer.stage_before<-1>();
     consumer.wait_value(before);
     fetch_weights(buffers, consumer.tile - 1);
@@ -235,7 +254,7 @@ PA_DEVICE void stage_rows(const Consumer& consumer, const Work& work, const Outp
     if constexpr (!kStageApart) {
         async_proxy_fence();  // before the next Q is copied here
         named_barrier_sync(kGroupBarrier + consumer.group, 128);
-        if (consumer.leads()) mbarrier_arrive(consumer.shared.query_empty(consumer.group));
+        consumer.release_query();
     }
 }
 
@@ -251,28 +270,42 @@ PA_DEVICE void finish_work(const Consumer& consumer, const Work& work, Output& o
         merge_pieces(consumer.p, work, consumer.lane);
 }
 
+PA_DEVICE void clear(Output& o) {
+    PA_UNROLL
+    for (int n = 0; n < kOutTiles; ++n) {
+        PA_UNROLL
+        for (int r = 0; r < 4; ++r) o[0][n][r] = 0.0f;
+    }
+}
+
+PA_DEVICE RowState empty_rows() {
+    RowState state;
+    PA_UNROLL
+    for (int half = 0; half < 2; ++half) {
+        state.max[0][half] = -infinity();
+        state.sum[0][half] = 0.0f;
+    }
+    return state;
+}
+
 PA_DEVICE void consume(const Params& p, const Shared& shared, int group) {
-    Consumer consumer{p, shared, this_lane(), group, 0, 0, 0, 0};
+    Consumer consumer{p, shared, this_lane(), group, 0, 0, -1, 0};
     if (kPingPong && group == kConsumers - 1) consumer.pass_turn();  // the first turn is consumer 0's
+    wait_for_work(shared, 0);
+    // ptxas keeps matrix descriptors in uniform registers where it knows that all lanes go the same way: from
+    // a vote, from counts. Else they are each lane's, and products wait until they are moved: a tenth slower.
 #pragma unroll 1
-    for (;; ++consumer.count) {
-        wait_for_work(shared, consumer.count);
-        if (warp_uniform(consumer.work().batch_head) < 0) return;
+    while (warp_any(consumer.work().batch_head >= 0)) {
+        const int total = warp_uniform(num_tiles(consumer.work().item));
         Output o;
-        RowState state;
-        PA_UNROLL
-        for (int n = 0; n < kOutTiles; ++n) {
-            PA_UNROLL
-            for (int r = 0; r < 4; ++r) o[0][n][r] = 0.0f;
-        }
-        PA_UNROLL
-        for (int half = 0; half < 2; ++half) {
-            state.max[0][half] = -infinity();
-            state.sum[0][half] = 0.0f;
-        }
-        run_tiles(consumer, o, state);
+        RowState state = empty_rows();
+        clear(o);
+        // A work without tiles waits for the Q buffer all the same if its rows are stored over it.
+        if (total > 0 || stages_over_query(p)) consumer.begin_query(total);
+        if (total > 0) run_tiles(consumer, o, state, total);
         finish_work(consumer, consumer.work(), o, state);
         release_work(shared, consumer.count, consumer.lane.lane);
+        wait_for_work(shared, ++consumer.count);
     }
 }
 

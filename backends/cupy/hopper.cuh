@@ -17,10 +17,13 @@ constexpr int kWeightBuffers = PA_WEIGHT_BUFFERS;
 // an mbarrier; three of them wait for each other there.
 constexpr bool kNamedRelease = kConsumers == 2;
 constexpr int kEarlySteps = 2;  // products of a tile that are issued after the turn has passed
-constexpr int kWorkSlots = 2;
+constexpr int kWorkSlots = 3;   // a block may hold one, begin the next and already know the one after
 // The next work is asked for so many tiles before the end of the last: finding it takes a few microseconds,
 // and work that is taken too early is missing where blocks run out of it.
 constexpr int kTilesAhead = 4;
+// What partial tiles mask, by number of tile: one that is read late is overwritten after two rounds of
+// stages.
+constexpr int kEntrySlots = 2 * kNumStages;
 constexpr int kBlockThreads = 128 * (kConsumers + 1);
 constexpr int kPanels = (kHeadDim + 63) / 64;  // of 64 columns, 128 bytes: what a swizzled row holds
 constexpr int kPanelsV = (kHeadDimV + 63) / 64;
@@ -82,7 +85,7 @@ PA_DEVICE void keep_registers(Weights& weights) {
     }
 }
 
-// Q of each consumer, the stages of K, those of V, where O is staged, then barriers and work.
+// Q tiles, the stages of K, those of V, where O is staged, then work, entries of partial tiles, and barriers.
 struct Shared {
     uint32 base;
 
@@ -91,7 +94,8 @@ struct Shared {
     static constexpr int kStage = kValue + kNumStages * kValueTileBytes;
     static constexpr int kWork = kStage + (kStageApart ? kNumWarps * kStageBytes : 0);
     static constexpr int kWorkBytes = 80;
-    static constexpr int kBarriers = kWork + kWorkSlots * kWorkBytes + 16;
+    static constexpr int kEntries = kWork + kWorkSlots * kWorkBytes + 16;
+    static constexpr int kBarriers = kEntries + kEntrySlots * 16;
     static_assert(kWork % 16 == 0, "work is read 16 bytes at a time");
 
     PA_DEVICE uint32 query(int consumer) const { return base + consumer * kQueryTileBytes; }
@@ -100,6 +104,7 @@ struct Shared {
     PA_DEVICE uint32 stage() const { return base + kStage; }
     PA_DEVICE uint32 work(int count) const { return base + kWork + count % kWorkSlots * kWorkBytes; }
     PA_DEVICE uint32 flag() const { return base + kWork + kWorkSlots * kWorkBytes; }
+    PA_DEVICE uint32 entry(int tile) const { return base + kEntries + tile % kEntrySlots * 16; }
 
     PA_DEVICE uint32 barrier(int index) const { return base + kBarriers + 8 * index; }
     PA_DEVICE uint32 work_full(int count) const { return barrier(count % kWorkSlots); }
@@ -146,6 +151,10 @@ PA_DEVICE void wait_for_work(const Shared& shared, int count) {
     mbarrier_wait(shared.work_full(count), (count / kWorkSlots) & 1);
 }
 
+PA_DEVICE bool work_is_known(const Shared& shared, int count) {
+    return mbarrier_test(shared.work_full(count), (count / kWorkSlots) & 1);
+}
+
 PA_DEVICE Work read_work(const Shared& shared, int count) {
     const uint32 slot = shared.work(count);
     Work work;
@@ -168,19 +177,60 @@ PA_DEVICE void release_work(const Shared& shared, int count, int lane) {
 // Rows that are not stored directly go through shared memory, over Q where there is no other.
 PA_DEVICE bool stages_over_query(const Params& p) { return !kStageApart && !stores_directly(p); }
 
-// The producer warp: what all its lanes know. Lane 0 starts the copies.
+// Where the map of the pass has the item's rows.
+struct QueryRows {
+    const TensorMap* map;
+    int row, residue;
+};
+
+PA_DEVICE QueryRows query_rows(const Params& p, const Hopper& hopper, const Item& item) {
+    const int residue = item.q_start % item.q_step;
+    return QueryRows{hopper.query + (is_ragged(residue, item.q_step, p.seqlen_q) ? 1 : 0),
+                     item.q_start / item.q_step, residue};
+}
+
+// Where a tile's rows are: which map of K or V, its coordinates in it.
+struct Place {
+    int map, row, residue, head, batch;
+};
+
+// The producer warp: what all its lanes know. One of them starts the copies. The time from a tile's release
+// to its next copy is the consumers': all that can be worked out before is.
 struct Producer {
     const Params& p;
     const Hopper& hopper;
     const Shared& shared;
     const int lane;
-    int tile;        // tiles begun since the kernel started
-    int query;       // Q tiles, likewise
-    TileKeys chunk;  // of tile 32*n + lane of the item
+    int tile;           // K tiles begun since the kernel started
+    int query;          // Q tiles, likewise
+    TileKeys chunk;     // of tile 32*n + lane of the item
+    int same, other;    // likewise: the bit tiles that a partial tile names
+    bool owes_value;    // V of the last tile is still to come,
+    Place value_place;  // from here
 
     PA_DEVICE TileKeys keys(const Work& work, int index) {
-        if (index % 32 == 0) chunk = tile_keys(p, work.item, index + lane);
+        if (index % 32 == 0) {
+            chunk = tile_keys(p, work.item, index + lane);
+            const int tile_index = work.item.tile_begin + index + lane;
+            if (tile_index < work.item.tile_end) {
+                same = load_int(p.tiles + 4 * static_cast<int64>(tile_index) + 2);
+                other = load_int(p.tiles + 4 * static_cast<int64>(tile_index) + 3);
+            }
+        }
         return TileKeys{shuffle_int(chunk.start, index % 32), shuffle_int(chunk.step, index % 32)};
+    }
+
+    // What a partial tile masks goes with its keys, so that consumers wait for no memory but that of the
+    // bits.
+    PA_DEVICE void send_entry(TileKeys keys, int index) const {
+        const uint32 target = shared.entry(tile);
+        const int bits_same = shuffle_int(same, index % 32);
+        const int bits_other = shuffle_int(other, index % 32);
+        if (!elect_one()) return;
+        shared_store_int(target, keys.start);
+        shared_store_int(target + 4, keys.step);
+        shared_store_int(target + 8, bits_same);
+        shared_store_int(target + 12, bits_other);
     }
 
     PA_DEVICE int map_of(TileKeys keys) const {
@@ -192,20 +242,12 @@ struct Producer {
         return which + (is_ragged(keys.start % keys.step, keys.step, p.seqlen_k) ? 1 : 0);
     }
 
-    template <int kCount>
-    PA_DEVICE void load_tile(const TensorMap* maps, uint32 target, uint32 full, const Work& work,
-                             TileKeys keys) const {
-        const TensorMap* map = maps + map_of(keys);
-        const int row = kMaxSteps == 0 ? keys.start : keys.start / keys.step;
-        const int residue = kMaxSteps == 0 ? 0 : keys.start % keys.step;
-        mbarrier_arrive_expect(full, kCount * kTilePanelBytes);
-        PA_UNROLL
-        for (int panel = 0; panel < kCount; ++panel)
-            copy_box(target + panel * kTilePanelBytes, map, full, 64 * panel, row, residue,
-                     work.head / p.group_size, work.batch);
+    PA_DEVICE Place place(TileKeys keys, int head, int batch) const {
+        if constexpr (kMaxSteps == 0) return Place{0, keys.start, 0, head, batch};
+        return Place{map_of(keys), keys.start / keys.step, keys.start % keys.step, head, batch};
     }
 
-    // All lanes pass a wait before lane 0 starts what ends the next phase: a late one would wait for a later
+    // All lanes pass a wait before one starts what ends the next phase: a late one would wait for a later
     // phase than it means.
     PA_DEVICE void wait_all(uint32 barrier, int uses) const {
         mbarrier_wait(barrier, (uses & 1) ^ 1);
@@ -219,27 +261,37 @@ struct Producer {
         if (number >= kNumStages) named_barrier_sync(free_barrier(stage, is_value), kReleaseThreads);
     }
 
-    PA_DEVICE void load_key(const Work& work, TileKeys keys, int number) const {
-        const int stage = number % kNumStages;
-        wait_free(stage, false, number);
-        if (lane == 0) load_tile<kPanels>(hopper.key, shared.key(stage), shared.key_full(stage), work, keys);
+    template <int kCount>
+    PA_DEVICE void load_tile(const TensorMap* maps, uint32 target, uint32 full, const Place& from) const {
+        if (!elect_one()) return;
+        mbarrier_arrive_expect(full, kCount * kTilePanelBytes);
+        PA_UNROLL
+        for (int panel = 0; panel < kCount; ++panel)
+            copy_box(target + panel * kTilePanelBytes, maps + from.map, full, 64 * panel, from.row,
+                     from.residue, from.head, from.batch);
     }
 
-    PA_DEVICE void load_value(const Work& work, TileKeys keys, int number) const {
-        const int stage = number % kNumStages;
-        wait_free(stage, true, number);
-        if (lane == 0)
-            load_tile<kPanelsV>(hopper.value, shared.value(stage), shared.value_full(stage), work, keys);
+    PA_DEVICE void load_key(const Place& from) const {
+        const int stage = tile % kNumStages;
+        wait_free(stage, false, tile);
+        load_tile<kPanels>(hopper.key, shared.key(stage), shared.key_full(stage), from);
+    }
+
+    // V of the tile before, if it is still to come.
+    PA_DEVICE void load_value() {
+        if (!owes_value) return;
+        owes_value = false;
+        const int stage = (tile - 1) % kNumStages;
+        wait_free(stage, true, tile - 1);
+        load_tile<kPanelsV>(hopper.value, shared.value(stage), shared.value_full(stage), value_place);
     }
 
     PA_DEVICE void load_query(const Work& work) {
-        const int step = work.item.q_step;
-        const int residue = work.item.q_start % step;
-        const TensorMap* map = hopper.query + (is_ragged(residue, step, p.seqlen_q) ? 1 : 0);
+        const QueryRows rows = query_rows(p, hopper, work.item);
         PA_UNROLL
         for (int consumer = 0; consumer < kConsumers; ++consumer) {
             wait_all(shared.query_empty(consumer), query);
-            if (lane != 0) continue;
+            if (!elect_one()) continue;
             if (num_tiles(work.item) == 0) {  // the buffer alone is wanted
                 mbarrier_arrive(shared.query_full(consumer));
                 continue;
@@ -247,46 +299,61 @@ struct Producer {
             mbarrier_arrive_expect(shared.query_full(consumer), kQueryTileBytes);
             PA_UNROLL
             for (int panel = 0; panel < kPanels; ++panel)
-                copy_box(shared.query(consumer) + panel * kQueryPanelBytes, map, shared.query_full(consumer),
-                         64 * panel, work.item.q_start / step + 64 * consumer, residue, work.head,
-                         work.batch);
+                copy_box(shared.query(consumer) + panel * kQueryPanelBytes, rows.map,
+                         shared.query_full(consumer), 64 * panel, rows.row + 64 * consumer, rows.residue,
+                         work.head, work.batch);
         }
         ++query;
     }
 
-    // K runs one tile ahead of V, as the consumers do.
+    // K runs one tile ahead of V, as the consumers do: also the next work's first K of the last work's last
+    // V, which is left to come.
     PA_DEVICE void load_tiles(const Work& work) {
         const int total = warp_uniform(num_tiles(work.item));
+        const int partial = warp_uniform(work.item.tile_end - work.item.tile_begin);
         const int ask = total > kTilesAhead ? total - kTilesAhead : 0;
-        TileKeys before{0, 1};
+        const int head = warp_uniform(work.head / p.group_size);
+        const int batch = warp_uniform(work.batch);
 #pragma unroll 1
-        for (int n = 0; n <= total; ++n) {
-            if (n == ask && lane == 0) mbarrier_arrive(shared.work_wanted());
+        for (int n = 0; n < total; ++n) {
+            if (n == ask && elect_one()) mbarrier_arrive(shared.work_wanted());
             const TileKeys now = keys(work, n);
-            if (n < total) load_key(work, now, tile + n);
-            if (n == 0 && (total > 0 || stages_over_query(p))) load_query(work);
-            if (n > 0) load_value(work, before, tile + n - 1);
-            before = now;
+            const Place from = place(now, head, batch);
+            if (n < partial) send_entry(now, n);
+            load_key(from);
+            load_value();
+            // Not before: Q may wait for rows to be stored that wait for V.
+            if (n == 0) load_query(work);
+            owes_value = true;
+            value_place = from;
+            ++tile;
         }
-        tile += total;
+        if (total > 0) return;
+        if (elect_one()) mbarrier_arrive(shared.work_wanted());
+        load_value();
+        if (stages_over_query(p)) load_query(work);
     }
 };
 
 PA_DEVICE void produce(const Params& p, const Hopper& hopper, const Shared& shared) {
-    Producer producer{p, hopper, shared, thread_index() % 32, 0, 0, {0, 1}};
-    if (producer.lane == 0) {
+    Producer producer{p, hopper, shared, thread_index() % 32, 0, 0, {0, 1}, 0, 0, false, {0, 0, 0, 0, 0}};
+    if (elect_one()) {
         prefetch_tensor_map(hopper.query);
         prefetch_tensor_map(hopper.key);
         prefetch_tensor_map(hopper.value);
     }
+    int count = 0;
+    wait_for_work(shared, count);
 #pragma unroll 1
-    for (int count = 0;; ++count) {
-        wait_for_work(shared, count);
-        const Work work = read_work(shared, count);
-        if (warp_uniform(work.batch_head) < 0) return;
-        producer.load_tiles(work);
+    while (warp_any(read_work(shared, count).batch_head >= 0)) {  // a vote, as in consume()
+        producer.load_tiles(read_work(shared, count));
         release_work(shared, count, producer.lane);
+        ++count;
+        // Work that is not known yet is no reason to keep the last one waiting.
+        if (!warp_any(work_is_known(shared, count))) producer.load_value();
+        wait_for_work(shared, count);
     }
+    producer.load_value();
 }
 
 // The scheduler warp finds the block's next work whenever the producer asks for it.
@@ -314,6 +381,17 @@ PA_DEVICE void send_work(const Work& work, const Shared& shared, int count, int 
     mbarrier_arrive(shared.work_full(count));
 }
 
+// The block's slots for Q may be in use until the work begins; the L2 cache has room at once.
+PA_DEVICE void prefetch_query(const Params& p, const Hopper& hopper, const Work& work) {
+    const QueryRows rows = query_rows(p, hopper, work.item);
+    PA_UNROLL
+    for (int consumer = 0; consumer < kConsumers; ++consumer) {
+        PA_UNROLL
+        for (int panel = 0; panel < kPanels; ++panel)
+            prefetch_box(rows.map, 64 * panel, rows.row + 64 * consumer, rows.residue, work.head, work.batch);
+    }
+}
+
 PA_DEVICE void schedule(const Params& p, const Hopper& hopper, const Shared& shared) {
     const int lane = thread_index() % 32;
     int index = block_index();
@@ -329,6 +407,9 @@ PA_DEVICE void schedule(const Params& p, const Hopper& hopper, const Shared& sha
         }
         send_work(work, shared, count, lane);
         if (work.batch_head < 0) break;
+#ifndef PA_NO_PREFETCH
+        if (lane == 0 && count > 0 && num_tiles(work.item) > 0) prefetch_query(p, hopper, work);
+#endif
         mbarrier_wait(shared.work_wanted(), count & 1);
         warp_barrier();  // as in Producer::wait_all
         index = next_index(p, hopper, index, lane);

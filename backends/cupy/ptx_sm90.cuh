@@ -50,6 +50,21 @@ PA_DEVICE void mbarrier_wait(uint32 barrier, uint32 parity) {
         : "memory");
 }
 
+// Whether a wait would return at once.
+PA_DEVICE bool mbarrier_test(uint32 barrier, uint32 parity) {
+    uint32 done;
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, done;\n"
+        "}"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+    return done != 0u;
+}
+
 // Hardware barriers 1 to 15 among `threads` threads, whole warps; 0 is the block barrier.
 PA_DEVICE void named_barrier_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -74,6 +89,13 @@ PA_DEVICE void copy_box(uint32 shared, const TensorMap* map, uint32 barrier, int
         : "memory");
 }
 
+// The same box into the L2 cache only.
+PA_DEVICE void prefetch_box(const TensorMap* map, int column, int row, int residue, int head, int batch) {
+    asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global [%0, {%1, %2, %3, %4, %5}];" ::"l"(map),
+                 "r"(column), "r"(row), "r"(residue), "r"(head), "r"(batch)
+                 : "memory");
+}
+
 // Orders this thread's ordinary shared memory accesses before later ones by the copy engine and wgmma.
 PA_DEVICE void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -88,8 +110,24 @@ PA_DEVICE void lower_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
+// True in one lane of a converged warp, which ptxas knows to be one.
+PA_DEVICE bool elect_one() {
+    uint32 elected;
+    asm volatile(
+        "{\n"
+        ".reg .pred elected;\n"
+        "elect.sync _|elected, 0xffffffff;\n"
+        "selp.u32 %0, 1, 0, elected;\n"
+        "}"
+        : "=r"(elected));
+    return elected != 0u;
+}
+
 // The same value in all lanes, known as such to the compiler.
 PA_DEVICE int warp_uniform(int v) { return __shfl_sync(0xffffffffu, v, 0); }
+PA_DEVICE int max_int(int a, int b) { return max(a, b); }
+PA_DEVICE uint32 warp_ballot(bool v) { return __ballot_sync(0xffffffffu, v); }
+PA_DEVICE int first_bit(uint32 v) { return __ffs(static_cast<int>(v)) - 1; }
 PA_DEVICE int shuffle_int(int v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
 PA_DEVICE int atomic_add(int* p, int v) { return atomicAdd(p, v); }
 PA_DEVICE int grid_blocks() { return static_cast<int>(gridDim.x); }

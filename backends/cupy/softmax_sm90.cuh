@@ -96,6 +96,105 @@ PA_DEVICE bool scores_to_distances(Scores& s, RowState& state, RowFactors& resca
     return true;
 }
 
+// The same for rows of which no tile came before.
+PA_DEVICE void first_distances(Scores& s, RowState& state, float c) {
+    float top[2];
+    row_maxima<1>(s, top);
+    float ceiling[2];
+    PA_UNROLL
+    for (int half = 0; half < 2; ++half) {
+        state.max[0][half] = top[half] + kHeadroom / c;  // -inf stays -inf
+        ceiling[half] = ceiling_log2(state, half, c);
+    }
+    PA_UNROLL
+    for (int n = 0; n < kKeyTiles; ++n) {
+        PA_UNROLL
+        for (int r = 0; r < 4; ++r) s[0][n][r] = fma_f32(s[0][n][r], -c, ceiling[r / 2]);
+    }
+}
+
+// A row's words of a bit tile: -1 keeps all, -2 nothing.
+PA_DEVICE void bits_of_row(uint32 (&words)[kWords], const Params& p, int tile, int row) {
+    PA_UNROLL
+    for (int word = 0; word < kWords; ++word) words[word] = tile == -1 ? 0xffffffffu : 0u;
+    if (tile < 0) return;
+    const uint32* bits = p.bits + (static_cast<int64>(tile) * kBlockQ + row) * kWords;
+    PA_UNROLL
+    for (int word = 0; word < kWords; ++word) words[word] = load_word(bits + word);
+}
+
+PA_DEVICE void mask_by_bit_tile(TileMask& mask, const Params& p, const Lane& lane, int tile) {
+    PA_UNROLL
+    for (int half = 0; half < 2; ++half) {
+        bits_of_row(mask.words[0][half], p, tile, lane.row(0, half));
+        PA_UNROLL
+        for (int word = 0; word < kWords; ++word) mask.words[0][half][word] >>= 2 * lane.quad;
+    }
+}
+
+// For each of a lane's two rows, which of the tile's keys have its id: a lane loads the ids of one key in 32,
+// and votes say for one id at a time which keys have it. A warp's 16 rows rarely have more than two.
+PA_DEVICE void equal_ids(uint32 (&equal)[2][kWords], const Params& p, const Lane& lane, const Work& work,
+                         TileKeys keys) {
+    const int64 ids = load_int(p.layout_ids + work.layout);
+    const int* q_ids = p.q_ids + ids * p.seqlen_q;
+    const int* k_ids = p.k_ids + ids * p.seqlen_k;
+    int key_id[kWords];
+    PA_UNROLL
+    for (int word = 0; word < kWords; ++word) {
+        const int64 key = keys.start + static_cast<int64>(keys.step) * (32 * word + lane.lane);
+        key_id[word] = key < p.seqlen_k ? load_int(k_ids + key) : -1;
+    }
+    int row_id[2];  // -1: no key has it, or no longer waits
+    PA_UNROLL
+    for (int half = 0; half < 2; ++half) {
+        const int row = lane.row(0, half);
+        row_id[half] = row < work.item.num_rows ? load_int(q_ids + row_position(work, row)) : -1;
+        PA_UNROLL
+        for (int word = 0; word < kWords; ++word) equal[half][word] = 0u;
+    }
+#pragma unroll 1
+    for (;;) {
+        const int waits = max_int(row_id[0], row_id[1]);
+        const uint32 waiting = warp_ballot(waits >= 0);
+        if (waiting == 0u) return;
+        const int id = shuffle_int(waits, first_bit(waiting));
+        PA_UNROLL
+        for (int word = 0; word < kWords; ++word) {
+            const uint32 found = warp_ballot(key_id[word] == id);
+            PA_UNROLL
+            for (int half = 0; half < 2; ++half)
+                if (row_id[half] == id) equal[half][word] = found;
+        }
+        PA_UNROLL
+        for (int half = 0; half < 2; ++half)
+            if (row_id[half] == id) row_id[half] = -1;
+    }
+}
+
+PA_DEVICE void mask_by_id_tile(TileMask& mask, const Params& p, const Lane& lane, const Work& work,
+                               TileKeys keys, int same, int other) {
+    uint32(&words)[2][kWords] = mask.words[0];
+    equal_ids(words, p, lane, work, keys);
+    uint32 exist[kWords];
+    PA_UNROLL
+    for (int word = 0; word < kWords; ++word)
+        exist[word] =
+            warp_ballot(keys.start + static_cast<int64>(keys.step) * (32 * word + lane.lane) < p.seqlen_k);
+    PA_UNROLL
+    for (int half = 0; half < 2; ++half) {
+        uint32 bits[kWords];
+        bits_of_row(bits, p, same, lane.row(0, half));
+        uint32 others[kWords];
+        bits_of_row(others, p, other, lane.row(0, half));
+        PA_UNROLL
+        for (int word = 0; word < kWords; ++word) {
+            const uint32 kept = (words[half][word] & bits[word]) | (~words[half][word] & others[word]);
+            words[half][word] = (kept & exist[word]) >> (2 * lane.quad);
+        }
+    }
+}
+
 PA_DEVICE void pack_weights(Weights& weights, const Scores& s) {
     PA_UNROLL
     for (int step = 0; step < kBlockK / 16; ++step) {

@@ -33,7 +33,7 @@ if hasattr(tma, "async_atomic_add"):
 else:
 
     @gl._core.builtin
-    def add_out(tensor_desc, coord, src, _semantic=None):
+    def add_out(tensor_desc, coord, src, _semantic=None) -> None:  # noqa: ANN001, Triton has no types
         """TMA, shared to global memory, adding; Gluon of Triton 3.6 has it without a name."""
         coord = _semantic._convert_to_ir_values(coord, require_i64=False)
         kind = ir.DESCRIPTOR_REDUCE_KIND.ADD

@@ -19,6 +19,7 @@ from portattn.backends.triton.aot import example_inputs, target_of
 from portattn.backends.triton.hopper_adapter import GluonASTSource, gl
 from portattn.backends.triton.hopper_config import CONSUMER_ROWS, widths
 from portattn.backends.triton.hopper_kernel import hopper_forward
+from portattn.backends.triton.hopper_sass import unwritten
 from portattn.backends.triton.hopper_variant import (
     HopperPass,
     HopperVariant,
@@ -50,6 +51,7 @@ class CompiledHopper:
         stack_bytes: per thread; spills show as stack.
         loop_spills: spill instructions in the consumers' loops over full tiles.
         late_exponentials: exponentials in them that wait for a product instead of hiding it.
+        unwritten: instructions that read what was not written (`hopper_sass.unwritten`).
         warnings: those of ptxas.
     """
 
@@ -57,6 +59,7 @@ class CompiledHopper:
     stack_bytes: int
     loop_spills: int
     late_exponentials: int
+    unwritten: tuple[str, ...]
     warnings: tuple[str, ...]
 
 
@@ -109,6 +112,7 @@ def compile_hopper(
     *,
     stepped: bool = False,
     ids: bool = False,
+    packed: bool = False,
     pieces: bool = False,
     first: bool = True,
     last: bool = True,
@@ -120,6 +124,7 @@ def compile_hopper(
         config: a feasible config.
         stepped: the pass has tiles of step > 1.
         ids: it has id tiles.
+        packed: its tiles may begin with documents.
         pieces: the schedule cut a row.
         first, last: which of the plan's passes it is.
 
@@ -131,6 +136,8 @@ def compile_hopper(
     variant = make_variant(
         example_inputs(problem), config, shape, pieces=pieces, first=first, last=last
     )
+    if packed:
+        variant = dataclasses.replace(variant, short_width=problem.head_dim_v)
     signature, constants = _signature(variant, config.block_k, *widths(problem), problem.dtype)
     made = triton.compile(
         GluonASTSource(hopper_forward, signature, constexprs=constants),
@@ -149,6 +156,7 @@ def compile_hopper(
         int(stack[1]) if stack else 0,
         spills(loops),
         late_exponentials(loops),
+        tuple(unwritten(code)),
         tuple(re.findall(r"\(C75\d\d\).*", log)),
     )
 

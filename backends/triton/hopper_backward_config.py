@@ -26,7 +26,7 @@ class TritonBackwardHopperConfig(Config):
         min_piece: a column is never cut into pieces of fewer tiles.
     """
 
-    num_stages: int = 2
+    num_stages: int = 3
     registers: int = 240
     head_group: int = 4
     min_piece: int = 16
@@ -44,14 +44,14 @@ def default_for(problem: AttentionProblem) -> TritonBackwardHopperConfig:
     bytes_per_head = problem.seqlen_q * width * 4 * problem.group_size
     heads = max(1, (16 << 20) // max(bytes_per_head, 1))
     head_group = 1 << (min(heads, 16).bit_length() - 1)
-    return TritonBackwardHopperConfig(3 if width == 64 else 2, 240, head_group)
+    return TritonBackwardHopperConfig(3, 240, head_group)
 
 
 def shared_bytes(width: int, num_stages: int) -> int:
     """Shared memory of a program, slightly above what the compiler allocates."""
     tiles = (2 * BLOCK_K + 2 * num_stages * BLOCK_Q) * width * 2 + 2 * BLOCK_K * BLOCK_Q * 2
     tiles += BLOCK_Q * width * 4  # dQ
-    return tiles + 2 * num_stages * BLOCK_Q * 4 + 20480  # and the way of results to memory
+    return tiles + 2 * num_stages * BLOCK_Q * 4 + 512  # and barriers
 
 
 def infeasible(

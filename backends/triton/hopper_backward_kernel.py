@@ -161,7 +161,8 @@ def tile_step(
     PAIRS: gl.constexpr = LAYOUTS[1]
     HALF: gl.constexpr = LAYOUTS[3]
     dk, dv = state
-    stage, filled, before, dx_stage, batch, head_before, start_before, step_before = tile
+    stage, filled, before, done, batch, head_before, start_before, step_before = tile
+    dx_stage = done & 1
     dq_maps, dq_shared = dq_args
     factor, seqlen_q = terms
     q_shared, do_shared, stats_shared, k_shared, v_shared, dx_shared = buffers
@@ -196,6 +197,8 @@ def tile_step(
     p = gl.exp2(s)
     p = hold(p)
     dk, dq = warpgroup_mma_wait(0, deps=(dk, dq))
+    if done > 0:
+        leave(before, False, 2)
     # The tile before's has left the buffer, by the thread that sent it.
     copy_out_wait(0)
     barrier()
@@ -298,12 +301,10 @@ def consumer(W: gl.constexpr, args, FLAGS: gl.constexpr):
                 next_other = gl.load(tile + e * 4 + 7, mask=e + 1 < num_partial, other=-2)
             dk, dv = tile_step(
                 W, (dk, dv),
-                (stage, filled, before, done & 1, batch, head_before, start_before, step_before),
+                (stage, filled, before, done, batch, head_before, start_before, step_before),
                 (bits_ptr, index, other, k_id, q_ids_head, start, step), step_terms, full, buffers,
                 dq_args, True, IDS, STEPPED, LAYOUTS,
             )  # fmt: skip
-            if done > 0:
-                leave(before, False, 2)
             index = next_index
             other = next_other
             before, start_before, step_before, head_before = stage, start, step, head
@@ -313,12 +314,10 @@ def consumer(W: gl.constexpr, args, FLAGS: gl.constexpr):
             start, step = tile_entry(entries, e)
             dk, dv = tile_step(
                 W, (dk, dv),
-                (stage, filled, before, done & 1, batch, head_before, start_before, step_before),
+                (stage, filled, before, done, batch, head_before, start_before, step_before),
                 (bits_ptr, index, other, k_id, q_ids_head, start, step), step_terms, full, buffers,
                 dq_args, False, IDS, STEPPED, LAYOUTS,
             )  # fmt: skip
-            if done > 0:
-                leave(before, False, 2)
             before, start_before, step_before, head_before = stage, start, step, head
             stage, filled = next_stage(stage, filled, NUM_STAGES)
             done += 1

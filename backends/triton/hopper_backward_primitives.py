@@ -134,12 +134,14 @@ def sum_rows(part, head_ptr, start, step, length, WIDTH: gl.constexpr):
 
 @gluon.jit
 def store_rows(part, head_ptr, start, step, num_rows, stride, width):
-    """Write [64, columns] to rows start + step * r < num_rows of a tensor, `width` columns."""
-    COLUMNS: gl.constexpr = part.shape[1]
-    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [4, 1], [1, 0])
-    out = gl.convert_layout(part.to(head_ptr.dtype.element_ty), WIDE)
-    r = gl.arange(0, ROWS, gl.SliceLayout(1, WIDE))
-    c = gl.arange(0, COLUMNS, gl.SliceLayout(0, WIDE))
+    """Write [64, columns] to rows start + step * r < num_rows of a tensor, `width` columns.
+
+    As the columns lie in registers: a detour through shared memory would take a buffer's place.
+    """
+    LAYOUT: gl.constexpr = part.type.layout
+    r = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    c = gl.arange(0, part.shape[1], gl.SliceLayout(0, LAYOUT))
     rows = (start + r * step).to(gl.int64)
     mask = (r < num_rows)[:, None] & (c < width)[None, :]
-    gl.store(head_ptr + (rows * stride)[:, None] + c[None, :], out, mask=mask)
+    pointers = head_ptr + (rows * stride)[:, None] + c[None, :]
+    gl.store(pointers, part.to(head_ptr.dtype.element_ty), mask=mask)

@@ -32,11 +32,10 @@ _BAND = 1
 _RANGES = (2, 3)  # KEY_RANGE, QUERY_RANGE
 _MODULI = (4, 5)  # KEY_MODULO, DIFF_MODULO
 _SETS = (7, 8)  # KEY_SET, QUERY_SET
-_SEGMENTS = 11
+_PACKED = (11, 18)  # SEGMENTS, DOCUMENTS
 _KEY_BLOCK = {6: 0, 9: 0, 10: 2}  # BLOCK_BAND, RANDOM_BLOCKS, BLOCK_TABLE: which operand is it
 _WIDE = 128  # keys of the wider tiles
 _WIDE_WINDOW = 512  # keys of a window that narrower tiles no longer fit clearly better
-_LOCAL_HEADS = 4
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -98,13 +97,15 @@ def _windows(program: Sequence[int]) -> list[tuple[int, int]]:
     ]
 
 
-def _is_local(program: Sequence[int]) -> bool:
-    """Whether rows near each other read much the same few keys, so that little cache serves them.
+def _least_heads(program: Sequence[int]) -> int:
+    """Key heads that go together at least: more where rows near each other read the same few keys.
 
     Rows of a residue, which strided patterns have, read keys of the whole sequence.
     """
     opcodes = {opcode for opcode, _ in instructions(program)}
-    return _MODULI[1] not in opcodes and (_SEGMENTS in opcodes or bool(_windows(program)))
+    if opcodes.intersection(_PACKED):
+        return 2 if _BAND in opcodes else 4
+    return 4 if _windows(program) and _MODULI[1] not in opcodes else 1
 
 
 def output_in_query(problem_widths: tuple[int, int], config: TritonForwardHopperConfig) -> bool:
@@ -140,7 +141,7 @@ def default_for(problem: AttentionProblem) -> TritonForwardHopperConfig:
     kv_heads = max(1, _MAX_GROUP_BYTES // max(kv_bytes, 1))
     # Uneven rows balance better the more of them there are to give out, longest first.
     most = 16 if problem.program else 4
-    least = _LOCAL_HEADS if _is_local(problem.program) else 1
+    least = _least_heads(problem.program)
     head_group = max(min(next_power_of_2(kv_heads + 1) // 2, most), least) * problem.group_size
     # Where a mask's blocks are smaller than 128 keys, narrower tiles visit fewer keys.
     narrow = width > 128 or _is_fine(problem.program)

@@ -121,7 +121,7 @@ def consumer(W: gl.constexpr, args, FLAGS: gl.constexpr):
     BLOCK_Q: gl.constexpr = FLAGS[0]
     NUM_STAGES: gl.constexpr = FLAGS[1]
     OUT_IN_QUERY: gl.constexpr = FLAGS[2]
-    HEAD_DIM_V: gl.constexpr = FLAGS[13]
+    SHORT_WIDTH: gl.constexpr = FLAGS[13]
     STEPPED: gl.constexpr = FLAGS[3]
     IDS: gl.constexpr = FLAGS[4]
     PIECES: gl.constexpr = FLAGS[5]
@@ -286,7 +286,9 @@ def consumer(W: gl.constexpr, args, FLAGS: gl.constexpr):
         out_rows = q_start + out_rows * q_step
         # A padding item (NUM_ROWS = 0) is nobody's row, whatever its other fields.
         writes = num_rows > W * ROWS
-        whole = (num_rows >= (W + 1) * ROWS) | (first_row + num_rows * q_step >= seqlen_q)
+        whole = True
+        if SHORT_WIDTH:
+            whole = (num_rows >= (W + 1) * ROWS) | (first_row + num_rows * q_step >= seqlen_q)
         if PIECES:
             num_pieces = gl.load(item + NUM_PIECES)
             if writes & (num_pieces > 1):
@@ -302,7 +304,7 @@ def consumer(W: gl.constexpr, args, FLAGS: gl.constexpr):
             finish(
                 out, lse, out_buffer, out_rows, row_ok, whole, batch, head, num_heads, q_start,
                 q_step, seqlen_q, sinks_ptr, out_maps, lse_ptr, lse_stride_b, lse_stride_h,
-                lse_stride_s, running_out_ptr, running_lse_ptr, OUT, HEAD_DIM_V, STEPPED, FIRST,
+                lse_stride_s, running_out_ptr, running_lse_ptr, OUT, SHORT_WIDTH, STEPPED, FIRST,
                 LAST, SINKS, STORE_LSE,
             )  # fmt: skip
         if OUT_IN_QUERY:

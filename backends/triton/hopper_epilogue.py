@@ -65,10 +65,11 @@ def merge_pieces(
 
 
 @gluon.jit
-def store_some(first_ptr, shared, stride, row_ok, HEAD_DIM_V: gl.constexpr):
+def store_some(first_ptr, shared, stride, row_ok, WIDTH: gl.constexpr):
     """Store the rows of `shared` that are `row_ok`, `stride` elements apart, and no others.
 
-    The rows that follow are another item's: TMA, which moves all 64, would overwrite them.
+    WIDTH: columns that exist. The rows that follow are another item's: TMA, which moves all 64,
+    would overwrite them.
     """
     BLOCK_DV: gl.constexpr = shared.shape[1]
     VECTOR: gl.constexpr = 8  # 16 bytes, to which rows are aligned
@@ -78,20 +79,36 @@ def store_some(first_ptr, shared, stride, row_ok, HEAD_DIM_V: gl.constexpr):
     columns = gl.arange(0, BLOCK_DV, gl.SliceLayout(0, LAYOUT))
     kept = gl.convert_layout(row_ok.to(gl.int32), gl.SliceLayout(1, LAYOUT)) != 0
     offsets = gl.multiple_of(rows * stride, VECTOR)[:, None] + columns[None, :]
-    kept = kept[:, None] & (columns < HEAD_DIM_V)[None, :]
+    kept = kept[:, None] & (columns < WIDTH)[None, :]
     gl.store(gl.multiple_of(first_ptr, 16) + offsets, shared.load(LAYOUT), mask=kept)
+
+
+@gluon.jit
+def send_rows(
+    out_desc, out_short, out_residues, shared, batch, head, q_start, q_step, STEPPED: gl.constexpr
+):  # fmt: skip
+    """TMA's store of all rows of `shared`; those past the sequence are clipped."""
+    if STEPPED:
+        residue = q_start % q_step
+        row = q_start // q_step
+        if residue < out_residues:
+            copy_out(out_desc, [batch, head, residue, row, 0], shared)
+        else:
+            copy_out(out_short, [batch, head, residue, row, 0], shared)
+    else:
+        copy_out(out_desc, [batch, head, 0, q_start, 0], shared)
 
 
 @gluon.jit
 def finish(
     out, lse, shared, rows, row_ok, whole, batch, head, num_heads, q_start, q_step, seqlen_q,
     sinks_ptr, out_maps, lse_ptr, lse_stride_b, lse_stride_h, lse_stride_s, running_out_ptr,
-    running_lse_ptr, OUT: gl.constexpr, HEAD_DIM_V: gl.constexpr, STEPPED: gl.constexpr,
+    running_lse_ptr, OUT: gl.constexpr, SHORT_WIDTH: gl.constexpr, STEPPED: gl.constexpr,
     FIRST: gl.constexpr, LAST: gl.constexpr, SINKS: gl.constexpr, STORE_LSE: gl.constexpr,
 ):  # fmt: skip
     """Join a row's earlier passes, apply the sink after the last one, store.
 
-    whole: the consumer's rows that are not the item's do not exist.
+    whole: the consumer's rows that are not the item's do not exist; read if SHORT_WIDTH is not 0.
     """
     BLOCK_DV: gl.constexpr = out.shape[1]
     if not (FIRST and LAST):
@@ -122,22 +139,22 @@ def finish(
             out = out * (kept / divisor)[:, None]
             lse = gl.where(total == 0.0, NEG_INF, safe + gl.log(divisor))
         shared.store(out.to(shared.dtype))
+        fence_async_shared()
         if STORE_LSE:
             lse_head = lse_ptr + batch * lse_stride_b + head * lse_stride_h
             gl.store(lse_head + rows.to(gl.int64) * lse_stride_s, lse, mask=row_ok)
         out_desc, out_short, out_residues, out_ptr = out_maps
-        if whole:
-            fence_async_shared()
-            if STEPPED:
-                residue = q_start % q_step
-                row = q_start // q_step
-                if residue < out_residues:
-                    copy_out(out_desc, [batch, head, residue, row, 0], shared)
-                else:
-                    copy_out(out_short, [batch, head, residue, row, 0], shared)
+        if SHORT_WIDTH:
+            if whole:
+                send_rows(
+                    out_desc, out_short, out_residues, shared, batch, head, q_start, q_step,
+                    STEPPED,
+                )  # fmt: skip
             else:
-                copy_out(out_desc, [batch, head, 0, q_start, 0], shared)
+                strides = out_desc.strides
+                head_ptr = out_ptr + batch * strides[0] + head * strides[1] + q_start * strides[2]
+                store_some(head_ptr, shared, q_step * strides[2], row_ok, SHORT_WIDTH)
         else:
-            strides = out_desc.strides
-            head_ptr = out_ptr + batch * strides[0] + head * strides[1] + q_start * strides[2]
-            store_some(head_ptr, shared, q_step * strides[2], row_ok, HEAD_DIM_V)
+            send_rows(
+                out_desc, out_short, out_residues, shared, batch, head, q_start, q_step, STEPPED
+            )  # fmt: skip

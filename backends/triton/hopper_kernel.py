@@ -173,7 +173,7 @@ def hopper_forward(
     OUT_IN_QUERY: gl.constexpr, STEPPED: gl.constexpr,
     IDS: gl.constexpr, PIECES: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr,
     SCALED: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, SINKS: gl.constexpr,
-    STORE_LSE: gl.constexpr, HEAD_DIM_V: gl.constexpr,
+    STORE_LSE: gl.constexpr, SHORT_WIDTH: gl.constexpr,
 ):  # fmt: skip
     """Maps are [batch, heads, residues, rows, width]; *_residues count those of the long map."""
     DTYPE: gl.constexpr = q_desc.dtype
@@ -242,7 +242,7 @@ def hopper_forward(
     )  # fmt: skip
     FLAGS: gl.constexpr = (
         BLOCK_Q, NUM_STAGES, OUT_IN_QUERY, STEPPED, IDS, PIECES, FIRST, LAST, SCALED,
-        SOFTCAP, ALIBI, SINKS, STORE_LSE, HEAD_DIM_V,
+        SOFTCAP, ALIBI, SINKS, STORE_LSE, SHORT_WIDTH,
     )  # fmt: skip
     if CONSUMERS == 2:
         gl.warp_specialize(

@@ -10,10 +10,12 @@ from portattn.backends.triton.hopper_config import (
     block_width,
     output_in_query,
 )
+from portattn.masks.opcodes import DOCUMENTS, SEGMENTS, instructions
 
 if TYPE_CHECKING:
     from portattn.backends.base import AttentionInputs
     from portattn.backends.triton.hopper_config import TritonForwardHopperConfig
+    from portattn.masks import Mask
     from portattn.plan import Plan, Schedule
 
 
@@ -39,7 +41,13 @@ class HopperPass:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HopperVariant:
-    """The compile-time side of one launch, in the order of the kernel's last parameters."""
+    """The compile-time side of one launch, in the order of the kernel's last parameters.
+
+    Attributes:
+        short_width: head_dim_v where tiles may have fewer rows than block_q with other tiles' rows
+            behind them, as those of packed documents do; else 0. Being able to store such rows
+            costs other masks up to 8 %.
+    """
 
     block_q: int
     num_stages: int
@@ -55,7 +63,7 @@ class HopperVariant:
     alibi: bool
     sinks: bool
     store_lse: bool
-    head_dim_v: int
+    short_width: int
 
     def values(self) -> tuple[int | bool, ...]:
         """The fields, in order."""
@@ -117,5 +125,12 @@ def make_variant(
         alibi,
         inputs.sinks is not None,
         inputs.lse is not None,
-        inputs.value.shape[3],
+        inputs.value.shape[3] if _is_packed(inputs.mask) else 0,
     )
+
+
+def _is_packed(mask: Mask | None) -> bool:
+    """Whether tiles may begin with documents: by the program, which renewed launches share."""
+    if mask is None:
+        return False
+    return any(opcode in (SEGMENTS, DOCUMENTS) for opcode, _ in instructions(mask.program))

@@ -12,7 +12,15 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from portattn.conformance import CASES, DTYPES, Case, Outcome, kernels, outcome
+from portattn.conformance import (
+    CASES,
+    DTYPES,
+    Case,
+    Outcome,
+    gradient_outcome,
+    kernels,
+    outcome,
+)
 from portattn.errors import ConfigError
 
 _STYLES = {"pass": "green", "fail": "bold red", "refused": "yellow"}
@@ -34,16 +42,21 @@ def verify(
     device: Annotated[
         str | None, typer.Option(help="A torch device. Default: cuda if there is one, else cpu.")
     ] = None,
+    gradients: Annotated[
+        bool, typer.Option("--gradients", help="Compare gradients instead of outputs.")
+    ] = False,
 ) -> None:
     """Compare every kernel with the float64 reference, case by case.
 
     A cell shows the largest error of the output, and in brackets that of the plain eager
     computation in the same dtype. The rule: error <= 2 * eager error + 2 * eps * largest value,
-    for output and LSE. Exits with 1 if a case fails.
+    for output and LSE; with --gradients for those by every input (a cell then shows the one
+    nearest to what is allowed). Exits with 1 if a case fails.
     """
     console = Console()
     names = _kernels(backend)
-    cases = _cases(case)
+    cases = [one for one in _cases(case) if not (gradients and one.poison)]
+    run = gradient_outcome if gradients else outcome
     dtypes = _dtypes(dtype)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     failures: list[Outcome] = []
@@ -54,7 +67,7 @@ def verify(
         for one in cases:
             for name in dtypes:
                 for kernel in names:
-                    results[kernel, one.name, name] = outcome(kernel, one, name, device)
+                    results[kernel, one.name, name] = run(kernel, one, name, device)
                     progress.advance(task)
     for kernel in names:
         own = {key: result for key, result in results.items() if key[0] == kernel}
@@ -127,12 +140,15 @@ def _cell(result: Outcome, reasons: list[str]) -> Text:
     style = _STYLES[result.status]
     if result.status == "refused":
         return Text(f"refused [{reasons.index(result.detail) + 1}]", style)
-    if result.output is None:
+    shown = result.output
+    if result.gradients:
+        shown = max((one for _, one in result.gradients), key=lambda one: one.share)
+    if shown is None:
         return Text("FAIL", style)
     if CASES[result.case].poison:
         return Text("NaN arrives" if result.status == "pass" else "FAIL", style)
     mark = "FAIL " if result.status == "fail" else ""
-    return Text(f"{mark}{result.output.error:.1e} ({result.output.eager_error:.1e})", style)
+    return Text(f"{mark}{shown.error:.1e} ({shown.eager_error:.1e})", style)
 
 
 def _summary(

@@ -28,6 +28,13 @@ class Comparison:
         """The error is within what is allowed, and nothing else is wrong."""
         return not self.fault and self.error <= self.allowed
 
+    @property
+    def share(self) -> float:
+        """The error as a share of what is allowed."""
+        if self.error == 0.0:
+            return 0.0
+        return self.error / self.allowed if self.allowed > 0.0 else float("inf")
+
 
 def compare(
     name: str,

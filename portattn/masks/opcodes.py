@@ -17,6 +17,8 @@ KEY_SET = 7
 QUERY_SET = 8
 RANDOM_BLOCKS = 9
 BLOCK_TABLE = 10
+SEGMENTS = 11
+DOCUMENTS = 18
 
 # Operands of each opcode that are not expressions.
 _OPERANDS = (0, 2, 2, 2, 3, 3, 3, 1, 1, 3, 3, 2, 1, 1, 1, 0, 1, 1, 1)

@@ -13,7 +13,9 @@ _ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() ==
 NAMES = [
     name
     for name, entry in registry.KERNELS.items()
-    if entry[0] in ("triton", "cupy") and (_ON_HOPPER or name not in _HOPPER_ONLY)
+    if entry[0] in ("triton", "cupy")
+    and "backward" not in name
+    and (_ON_HOPPER or name not in _HOPPER_ONLY)
 ]
 # One pass with whole and cut rows, several passes, ids.
 MASKS = {

@@ -63,3 +63,14 @@ def test_unknown_names(option, value, text):
     result = run(option, value)
     assert result.exit_code == 2
     assert text in result.output
+
+
+def test_gradients():
+    result = run(
+        "--gradients", "--backend", "cpu", "--case", "causal", "--case", "nan_key",
+        "--dtype", "float32", "--device", "cpu",
+    )  # fmt: skip
+    assert result.exit_code == 0
+    assert "cpu_forward on cpu" in result.output
+    assert re.search(r"causal \W+ \d\.\de-0\d \(\d\.\de-0\d\)", result.output)
+    assert "nan_key" not in result.output

@@ -128,6 +128,13 @@ PA_DEVICE void mbarrier_wait(uint32 barrier, uint32 parity) {
     emulator::wait_until(ready, parity == 0 ? "mbarrier, parity 0," : "mbarrier, parity 1,", barrier);
 }
 
+PA_DEVICE bool mbarrier_test(uint32 barrier, uint32 parity) {
+    emulator::TransactionBarrier& state = emulator::transaction_barrier(barrier);
+    if (state.phase == parity) emulator::deliver(state);
+    emulator::preempt();
+    return state.phase != parity;
+}
+
 PA_DEVICE void named_barrier_sync(int id, int threads) {
     emulator::Barrier& barrier = emulator::block->named[id & 15];
     const int generation = barrier.generation;
@@ -157,6 +164,12 @@ PA_DEVICE void copy_box(uint32 shared, const TensorMap* map, uint32 barrier, int
     emulator::preempt();
 }
 
+PA_DEVICE void prefetch_box(const TensorMap* map, int column, int row, int residue, int head, int batch) {
+    emulator::Box box{0, {}, {column, row, residue, head, batch}};
+    std::memcpy(&box.tensor, map, sizeof(box.tensor));
+    emulator::check_box(box);
+}
+
 PA_DEVICE void async_proxy_fence() { ++emulator::fiber().proxy_fences; }
 
 template <int kRegisters>
@@ -176,6 +189,20 @@ PA_DEVICE int shuffle_int(int v, int lane) {
     emulator::warp_wait();
     return result;
 }
+
+PA_DEVICE bool elect_one() { return emulator::lane() == 0; }
+PA_DEVICE int max_int(int a, int b) { return a > b ? a : b; }
+
+PA_DEVICE uint32 warp_ballot(bool v) {
+    const uint32 word = v ? 1u : 0u;
+    emulator::publish(&word, 1);
+    uint32 ballot = 0u;
+    for (int lane = 0; lane < 32; ++lane) ballot |= emulator::published(lane)[0] << lane;
+    emulator::warp_wait();
+    return ballot;
+}
+
+PA_DEVICE int first_bit(uint32 v) { return __builtin_ffs(static_cast<int>(v)) - 1; }
 
 PA_DEVICE int grid_blocks() { return emulator::block->grid; }
 PA_DEVICE int warp_uniform(int v) { return shuffle_int(v, 0); }

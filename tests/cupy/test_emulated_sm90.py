@@ -20,46 +20,19 @@ from portattn.conformance import check
 from tests.cupy.emulated_sm90 import FORWARD, REVERSED, EmulatedForwardSm90
 
 # (case, dtype): each dtype has few compiled variants, which take most of the time.
-CASES = [
-    ("dense_short", "bfloat16"),
-    ("causal", "bfloat16"),
-    ("causal_negative_offset", "bfloat16"),
-    ("cut_rows_causal", "bfloat16"),
-    ("sinks_cut_rows", "bfloat16"),
-    ("gqa_4", "bfloat16"),
-    ("gqa_7", "bfloat16"),
-    ("bshd_gqa", "bfloat16"),
-    ("length_1", "bfloat16"),
-    ("sliding_window", "bfloat16"),
-    ("bigbird", "bfloat16"),
-    ("longformer_positions", "bfloat16"),
-    ("documents_end", "bfloat16"),
-    ("documents_causal", "bfloat16"),
-    ("two_segments", "bfloat16"),
-    ("per_head", "bfloat16"),
-    ("per_batch", "bfloat16"),
-    ("empty_all", "bfloat16"),
-    ("empty_piece", "bfloat16"),
-    ("padding_empty", "bfloat16"),
-    ("sinks_empty_rows", "bfloat16"),
-    ("head_dim_odd", "bfloat16"),
-    ("strided", "bfloat16"),
-    ("longformer_dilated", "bfloat16"),
-    ("stepped_wide", "bfloat16"),
-    ("per_head_passes", "bfloat16"),
-    ("empty_window_one_pass", "bfloat16"),
-    ("head_dim_40", "bfloat16"),
-    ("head_dim_72", "bfloat16"),
-    ("head_dim_128", "bfloat16"),
-    ("all_terms", "bfloat16"),
-    ("scale_negative", "bfloat16"),
-    ("dense_ragged", "float16"),
-    ("nan_value", "float16"),
-    ("strided_odd", "float16"),
-    ("stepped_rows", "float16"),
-    ("sinks_passes", "float16"),
-    ("head_dim_256", "float16"),
-]
+BFLOAT16 = [
+    "dense_short", "causal", "causal_negative_offset", "cut_rows_causal", "sinks_cut_rows",
+    "gqa_4", "gqa_7", "bshd_gqa", "length_1", "sliding_window", "bigbird",
+    "longformer_positions", "documents_end", "documents_causal", "two_segments", "per_head",
+    "per_batch", "empty_all", "empty_piece", "padding_empty", "sinks_empty_rows",
+    "head_dim_odd", "strided", "longformer_dilated", "stepped_wide", "per_head_passes",
+    "empty_window_one_pass", "head_dim_40", "head_dim_72", "head_dim_128", "all_terms",
+    "scale_negative",
+]  # fmt: skip
+FLOAT16 = [
+    "dense_ragged", "nan_value", "strided_odd", "stepped_rows", "sinks_passes", "head_dim_256",
+]  # fmt: skip
+CASES = [*((case, "bfloat16") for case in BFLOAT16), *((case, "float16") for case in FLOAT16)]
 
 
 @pytest.mark.parametrize(("case", "dtype"), CASES)
@@ -161,6 +134,49 @@ def test_rows_without_keys_that_are_stored_over_the_query(emulated_sm90, monkeyp
     # 124 columns: not stored directly.
     for kernel in (*emulated_sm90[:2], *[emulated_sm90[2]] * 5):
         _check(kernel, _tensors(torch.bfloat16, 128, 124, 150), mask, config=config)
+
+
+@pytest.mark.parametrize(
+    ("config", "head_dim"),
+    [
+        (CONFIG(consumers=2, block_k=64, num_stages=2, ping_pong=True), 256),
+        (CONFIG(consumers=3, num_stages=3), 64),
+    ],
+)
+def test_works_of_few_tiles(emulated_sm90, config, head_dim, monkeypatch):
+    """The last V of a work comes after the next one's first K; works may have no or one tile."""
+    config = dataclasses.replace(config, head_group=1)
+    few = masks.KeyRange(0, 9) & masks.QueryRange(130, 200)
+    mask = masks.per_head([masks.causal(), few, masks.sliding_window(40), masks.All()])
+    for workers, kernel in zip((1, 2, 1), emulated_sm90, strict=True):
+        monkeypatch.setattr(EmulatedForwardSm90, "workers", workers)
+        _check(kernel, _tensors(torch.bfloat16, head_dim, head_dim, 300), mask, config=config)
+
+
+def test_documents_within_a_warp(emulated_sm90):
+    """Id tiles whose 16 rows have many ids, and ids that the other side does not have."""
+    tensors = _tensors(torch.bfloat16, 64, 64, 270)
+    ends = torch.tensor([0, 1, 2, 3, 5, 8, 13, 21, 64, 65, 150, 150, 190, 270])
+    plan = masks.documents(ends).plan(270, 270, block=(192, 128))
+    assert (plan.tiles[:, 2] != plan.tiles[:, 3]).any()
+    _check(emulated_sm90[0], tensors, masks.documents(ends))
+    ids = torch.arange(270, dtype=torch.int32) // 3
+    mask = masks.Segments(ids, ids.flip(0)) | masks.sliding_window(5)
+    _check(emulated_sm90[1], tensors, mask)
+
+
+@pytest.mark.parametrize(("head_dim_v", "min_piece"), [(64, 8), (60, 1)])
+def test_rows_behind_a_tile_are_another_tile_s(emulated_sm90, head_dim_v, min_piece, monkeypatch):
+    """Tiles begin with the documents: stores, staged or not, and merges end with their rows."""
+    config = CONFIG(1, 64, blocks_per_sm=3, min_piece=min_piece)
+    documents = masks.documents(torch.tensor([0, 70, 250]))
+    plan = documents.plan(250, 250, block=(config.block_q, config.block_k))
+    assert (plan.rows[:, 0] % config.block_q != 0).any()
+    tensors = _tensors(torch.bfloat16, 64, head_dim_v, 250)
+    for workers, kernel in zip((100, 1, 7), emulated_sm90, strict=True):
+        monkeypatch.setattr(EmulatedForwardSm90, "workers", workers)
+        _check(kernel, tensors, documents, config=config)
+        _check(kernel, tensors, documents & masks.causal(), config=config)
 
 
 @pytest.mark.parametrize("scale", [1e-38, 1e-6, 30.0])

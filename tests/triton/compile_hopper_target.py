@@ -29,9 +29,11 @@ CASES = {
     "pieces_d256": ("bfloat16", 256, 256, CAUSAL, (), {"pieces": True}),
     "causal_d96": ("bfloat16", 96, 96, CAUSAL, (), {}),
     "dense_d192_128": ("bfloat16", 192, 128, (), (), {}),
-    "ids_d64": ("bfloat16", 64, 64, SEGMENTS, (), {"ids": True}),
-    "ids_d128": ("bfloat16", 128, 128, SEGMENTS, (), {"ids": True, "pieces": True}),
-    "ids_d256": ("bfloat16", 256, 256, SEGMENTS, (), {"ids": True}),
+    "ids_d64": ("bfloat16", 64, 64, SEGMENTS, (), {"ids": True, "packed": True}),
+    "ids_d128": (
+        "bfloat16", 128, 128, SEGMENTS, (), {"ids": True, "packed": True, "pieces": True},
+    ),
+    "ids_d256": ("bfloat16", 256, 256, SEGMENTS, (), {"ids": True, "packed": True}),
     "stepped_d64": ("bfloat16", 64, 64, STRIDED, (), {"stepped": True, "first": False}),
     "stepped_d128": (
         "bfloat16", 128, 128, STRIDED, (), {"stepped": True, "first": False, "pieces": True},

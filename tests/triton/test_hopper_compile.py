@@ -34,8 +34,9 @@ STACK_BYTES = {
     "pieces_d64": 96,
     "pieces_d256": 72,
     "dense_d192_128": 8,
-    "ids_d128": 136,
-    "ids_d256": 72,
+    "ids_d128": 168,
+    "ids_d256": 88,
+    "stepped_d128": 48,
     "stepped_d256": 568,
     "terms_d128": 224,
     "terms_d256": 88,
@@ -67,6 +68,7 @@ def check(made):
         # The assembler likes to move the wait for P V up, and the softmax behind it. Two a thread,
         # the rescale of its rows, may come late in either of two consumers.
         assert found["late_exponentials"] <= 4, name
+        assert found["unwritten"] == [], name
         # Serialised products (C7510, C7512) and an ignored register count (C7508).
         assert found["warnings"] == [], name
         config = TritonForwardHopperConfig(**found["config"])

@@ -81,6 +81,10 @@ def test_defaults_follow_the_problem():
     for name, heads in (("window", 4), ("longformer", 4), ("strided", 1)):
         long = problem(program=program(name), seqlen_q=65536, seqlen_k=65536)
         assert configs.default_for(long).head_group == heads * DENSE.group_size, name
+    packed = masks.documents([0, 30000, 65536])
+    for mask, heads in ((packed, 4), (packed & masks.causal(), 2)):
+        long = problem(program=tuple(mask.program), seqlen_q=65536, seqlen_k=65536)
+        assert configs.default_for(long).head_group == heads * DENSE.group_size
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_arguments_of_a_dense_call(recorded):
         "q_desc", "k_desc", "v_desc", "out_desc", "out_ptr", "lse_ptr", "counters_ptr"
     }  # fmt: skip
     assert launch.tensors["out_ptr"] is launch.tensors["out_desc"]
-    assert arguments["HEAD_DIM_V"] == 64
+    assert arguments["SHORT_WIDTH"] == 0
     assert (arguments["seqlen_k"], arguments["group_size"], arguments["num_bh"]) == (300, 2, 4)
     assert (arguments["STEPPED"], arguments["PIECES"], arguments["SCALED"]) == (False,) * 3
     assert launch.moving["q_desc"](launch.tensors["q_desc"]).block_shape == [1, 1, 1, 64, 64]
@@ -163,16 +163,17 @@ def test_an_output_that_tma_cannot_write_is_copied_out(recorded):
     (launch,), _, _ = recorded(problem, inputs=inputs)
     written = launch.tensors["out_desc"]
     assert written is launch.tensors["out_ptr"]
-    assert launch.arguments["HEAD_DIM_V"] == 36
     assert written is not inputs.output
     assert hopper_maps.is_readable(written)
 
 
 def test_id_tiles_are_seen(recorded):
     mask = masks.documents(torch.arange(0, 301, 50))  # shorter than a tile
-    (launch,), plan, schedule = recorded(PROBLEM, mask)
+    inputs = dataclasses.replace(example_inputs(PROBLEM, "cpu"), mask=mask)
+    (launch,), plan, schedule = recorded(PROBLEM, mask, inputs)
     assert launch.arguments["IDS"]
     assert launch.arguments["q_ids_ptr"] is not None
+    assert launch.arguments["SHORT_WIDTH"] == 64  # of what follows a document's last rows
     assert not launch.arguments["STEPPED"]
     assert pass_of(plan, schedule, 0).ids
 

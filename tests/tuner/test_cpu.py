@@ -76,7 +76,12 @@ class LikesSmallTiles(Timer):
 def test_a_config_other_than_the_default_is_used_too(store, repository):
     case = cases.parse("b1 h2 s100 d32 float32 causal")
     report = tune(
-        [case], budget_seconds=3, kernels=[Watched()], store=store, timer=LikesSmallTiles()
+        [case],
+        budget_seconds=60,
+        most=60,
+        kernels=[Watched()],
+        store=store,
+        timer=LikesSmallTiles(),
     )
     forward = report.problems[0].kernels[0]
     assert not forward.kept_default

@@ -1,8 +1,8 @@
 """Tuning databases and exports that chance or malice spoiled, and what must hold all the same.
 
 `Fuzzer` makes the n-th one from a whole database with a few tuned rows; `check` opens it as
-`portattn.attention` does, as the tuner does, and imports it. Numbered, so that any can be made
-again.
+`portattn.attention` does, as the tuner does, and imports it. The number decides what is done; the
+whole database differs from run to run in its run's id and its times.
 """
 
 import contextlib

@@ -129,3 +129,9 @@ def test_a_file_that_is_no_database_is_an_error(database):
     database.write_text("hello")
     with pytest.raises(TuningError, match="not a database"):
         Store()
+
+
+def test_a_message_that_cannot_be_decoded_is_an_error_like_others(store):
+    """The sqlite3 module raises this for a damaged file: its message holds the file's bytes."""
+    with pytest.raises(TuningError, match="cannot be used"), store.transaction():
+        b"unknown function: leng\xbch()".decode()

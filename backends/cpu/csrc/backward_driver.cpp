@@ -79,7 +79,7 @@ void spans_of(const pa_plan_view& v, const int32_t* row, F f) {
     }
 }
 
-// Query tiles of each key tile of a pass, over all layouts.
+// Query tiles of each key tile of a pass, over all layouts; they have the same key tiles.
 std::vector<int64_t> costs_of(const pa_plan_view& v, int32_t pass) {
     std::vector<int64_t> costs((size_t)rows_in(v, pass, 0), 0);
     for (int32_t layout = 0; layout < v.num_layouts; ++layout)
@@ -107,13 +107,13 @@ void divide(Backward& work, int64_t count) {
     call.num_chunks = count;
     work.chunk_rows.assign((size_t)(v.num_passes * (count + 1)), 0);
     work.chunks.assign((size_t)count, Chunk{call.args.seqlen_q, 0, 0});
-    for (int32_t pass = 0; pass < v.num_passes; ++pass) {
+    for (int32_t pass = 0; call.same_rows && pass < v.num_passes; ++pass) {
         int32_t* rows = work.chunk_rows.data() + pass * (count + 1);
         std::vector<int64_t> costs = costs_of(v, pass);
         int64_t total = 0, done = 0;
         for (int64_t cost : costs) total += cost;
         int64_t chunk = 0;
-        for (size_t r = 0; call.same_rows && r < costs.size(); ++r) {
+        for (size_t r = 0; r < costs.size(); ++r) {
             while (chunk + 1 < count && done >= total * (chunk + 1) / count) rows[++chunk] = (int32_t)r;
             done += costs[r];
         }
