@@ -7,8 +7,9 @@ import pytest
 from portattn import cli
 
 ONE = {
-    "kernel": "k", "backend": "b", "problem": "p", "fields": ["x", "y"], "default": [1, False],
-    "rows": [[x, y, 100 + 10 * abs(x - 5) + 3 * y] for x in range(1, 9) for y in (False, True)],
+    "kernel": "k", "backend": "b", "problem": "p",
+    "values": {"x": list(range(1, 9)), "y": [False, True]}, "default": "00",
+    "rows": {f"{x}{y}": 100 + 10 * abs(x - 4) + 3 * y for x in range(8) for y in (0, 1)},
 }  # fmt: skip
 FILE = {"format": "portattn-oracle", "version": 1, "device": "a device", "tables": [ONE]}
 
@@ -50,7 +51,7 @@ def test_searches_are_compared_on_a_file(capsys, tmp_path, monkeypatch):
     assert code == 0
     assert "a device: 1 tables" in said.out
     assert "100 %" in said.out  # all 16 configs were seen
-    assert json.loads(copy.read_text())["tables"][0]["default"] == [1, False]
+    assert json.loads(copy.read_text())["tables"][0]["default"] == "00"
     code, said = run(capsys, "bench-search", str(file), "--strategy", "luck")
     assert code == 1
     assert "portattn, random, tpe" in said.err

@@ -128,7 +128,6 @@ def test_refusals():
     assert "head_dim is 257" in reasons(device_type="cpu", head_dim=257)
     assert "head_dim_v is 0" in reasons(device_type="cpu", head_dim_v=0)
     assert "kv_lengths" in reasons(device_type="cpu", features=frozenset({"kv_lengths"}))
-    assert "no backward" in reasons(device_type="cpu", features=frozenset({"grad"}))
 
 
 def test_configs_survive_json():
