@@ -50,7 +50,7 @@ def test_searches_are_compared_on_a_file(capsys, tmp_path, monkeypatch):
     )  # fmt: skip
     assert code == 0
     assert "a device: 1 tables" in said.out
-    assert "100 %" in said.out  # all 16 configs were seen
+    assert "100.0 %" in said.out  # all 16 configs were seen
     assert json.loads(copy.read_text())["tables"][0]["default"] == "00"
     code, said = run(capsys, "bench-search", str(file), "--strategy", "luck")
     assert code == 1
