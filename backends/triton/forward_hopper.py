@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, cast
 
-import torch
-import triton
-
 from portattn.backends.base import AttentionInputs, Config, ConfigValue, Kernel, Repeat
 from portattn.backends.repeated import current_device, plan_of
 from portattn.backends.triton import hopper_config as configs
 from portattn.backends.triton.hopper_config import TritonForwardHopperConfig
+from portattn.backends.triton.hopper_device import device_reasons
 from portattn.backends.triton.limits import device_limits
 from portattn.masks.opcodes import BAND, instructions
 
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
 
 _MAX_HEAD_DIM = 256
 _MAX_DECODE_ROWS = 64  # query rows that share keys, up to which decode kernels are faster
-_TRITON_VERSIONS = ((3, 6), (3, 9))  # first and last whose Gluon compiled and was tested
 _SOURCES = (
     "hopper_adapter",
     "hopper_config",
@@ -71,7 +68,7 @@ class TritonForwardHopper(Kernel):
             reasons.append(
                 f"the mask strides over {sorted(steps)} keys; it takes one stride beside 1"
             )
-        return reasons + self._device_reasons(problem)
+        return reasons + device_reasons(problem)
 
     def is_preferred(self, problem: AttentionProblem) -> bool:
         """On dense and causal problems and windows, where it was the fastest in every case.
@@ -80,18 +77,6 @@ class TritonForwardHopper(Kernel):
         """
         opcodes = {opcode for opcode, _ in instructions(problem.program)}
         return opcodes <= {BAND} and problem.seqlen_q * problem.group_size > _MAX_DECODE_ROWS
-
-    def _device_reasons(self, problem: AttentionProblem) -> list[str]:
-        version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-        first, last = _TRITON_VERSIONS
-        if not first <= version <= last:
-            return [f"it needs triton 3.6 to 3.9; {triton.__version__} is installed"]
-        if problem.device_type != "cuda":
-            return [f"needs sm_90 (Hopper); the device is {problem.device_type}"]
-        if not torch.cuda.is_available():
-            return ["needs sm_90 (Hopper); torch sees no GPU"]
-        arch = device_limits(problem.device).arch
-        return [] if arch == "sm_90" else [f"needs sm_90 (Hopper); the device is {arch}"]
 
     def default_config(self, problem: AttentionProblem) -> Config:
         """See Kernel."""

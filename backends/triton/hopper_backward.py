@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, cast
 
-import torch
-import triton
-
 from portattn.backends.base import (
     AttentionGradients,
     AttentionInputs,
@@ -19,6 +16,7 @@ from portattn.backends.repeated import current_device, plan_of
 from portattn.backends.triton import hopper_backward_config as configs
 from portattn.backends.triton.hopper_backward_config import TritonBackwardHopperConfig
 from portattn.backends.triton.hopper_config import tile_steps
+from portattn.backends.triton.hopper_device import device_reasons
 from portattn.backends.triton.limits import device_limits
 from portattn.masks.opcodes import instructions
 
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
     from portattn.problem import AttentionProblem
 
 _MAX_HEAD_DIM = 128
-_TRITON_VERSIONS = ((3, 6), (3, 9))  # first and last whose Gluon compiled and was tested
 _BY_HEAD = frozenset({10, 16})  # BLOCK_TABLE, PER_HEAD
 _SOURCES = (
     "backward_rows",
@@ -85,19 +82,7 @@ class TritonBackwardHopper(Kernel):
             reasons.append(
                 f"the mask strides over {sorted(steps)} keys; it takes one stride beside 1"
             )
-        return reasons + self._device_reasons(problem)
-
-    def _device_reasons(self, problem: AttentionProblem) -> list[str]:
-        version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-        first, last = _TRITON_VERSIONS
-        if not first <= version <= last:
-            return [f"it needs triton 3.6 to 3.9; {triton.__version__} is installed"]
-        if problem.device_type != "cuda":
-            return [f"needs sm_90 (Hopper); the device is {problem.device_type}"]
-        if not torch.cuda.is_available():
-            return ["needs sm_90 (Hopper); torch sees no GPU"]
-        arch = device_limits(problem.device).arch
-        return [] if arch == "sm_90" else [f"needs sm_90 (Hopper); the device is {arch}"]
+        return reasons + device_reasons(problem)
 
     def default_config(self, problem: AttentionProblem) -> Config:
         """See Kernel."""

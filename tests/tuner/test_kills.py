@@ -1,6 +1,6 @@
 """kill -9 of the tuner, of a compiler and of the measuring process, on either database.
 
-``benchmarks/tuner_kills.py`` does the same hundreds of times.
+``benchmarks/tuner_safety.py`` does the same hundreds of times.
 """
 
 import pytest
