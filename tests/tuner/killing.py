@@ -76,6 +76,7 @@ class Hunt:
             cwd=Path(__file__).parents[2],
         )
         self._buffer = b""
+        self._ahead: list[dict] = []  # said, and not listened to yet
         assert self._process.stdout is not None
         os.set_blocking(self._process.stdout.fileno(), False)
 
@@ -94,7 +95,7 @@ class Hunt:
         order = {"url": self._url, "seed": self._seed}
         self._process.stdin.write(json.dumps(order).encode() + b"\n")
         self._process.stdin.flush()
-        pid = self._wait("born", 60)[-1]["pid"]
+        pid = self._wait("born", 60)["pid"]
         events, is_over = [], False
         if self._random.random() < 0.8:  # most lives get past their start, however slow it is
             while not is_over and not any(one["event"] == "try" for one in events):
@@ -132,7 +133,8 @@ class Hunt:
 
     def _listen(self, seconds: float) -> tuple[list[dict], bool]:
         """What is said in some seconds, or until the life is over."""
-        events, deadline = [], time.monotonic() + seconds
+        events, deadline = self._ahead, time.monotonic() + seconds
+        self._ahead = []
         while True:
             chunk = self._process.stdout.read() or b""
             *lines, self._buffer = (self._buffer + chunk).split(b"\n")
@@ -143,14 +145,18 @@ class Hunt:
                 return events, False
             time.sleep(0.002)
 
-    def _wait(self, event: str, seconds: float) -> list[dict]:
+    def _wait(self, event: str, seconds: float) -> dict:
+        """The first such event; what is said after it is kept."""
         deadline = time.monotonic() + seconds
         events: list[dict] = []
-        while not events or events[-1]["event"] != event:
+        while True:
+            for index, one in enumerate(events):
+                if one["event"] == event:
+                    self._ahead = events[index + 1 :]
+                    return one
             if time.monotonic() > deadline or self._process.poll() is not None:
-                raise RuntimeError(f"no {event!r} within {seconds} s, but {events}")
+                raise RuntimeError(f"no {event!r} within {seconds} s, but {events[-3:]}")
             events += self._listen(0)[0]
-        return events
 
     def _stored(self) -> dict[tuple[str, str], int]:
         """(run, config and shape) of each measurement of a search -> how often it is stored."""
